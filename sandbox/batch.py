@@ -1,0 +1,55 @@
+"""The tokens of one step, and the three ways to cut them: rows, columns, microbatches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["IGNORED", "Batch"]
+
+IGNORED = -100
+"""Target of a position that does not count in the loss, as in `torch.nn.functional.cross_entropy`."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows and columns of a global batch. What a rank sees is again a Batch.
+
+    Positions and documents are explicit, so that a cut in any order (contiguous, zigzag) needs nothing else;
+    rows and columns tell a token's place in the GLOBAL batch, for dropout masks that do not depend on the layout.
+    """
+
+    tokens: Tensor  # [B, S] int64
+    targets: Tensor  # [B, S] int64, IGNORED where nothing is to be predicted
+    positions: Tensor  # [B, S] int64, place within the token's document
+    documents: Tensor  # [B, S] int64, document within the row; -1 on padding
+    rows: Tensor  # [B] int64, place of each row in the global batch
+    columns: Tensor  # [S] int64, place of each column in the full sequence
+    key: int  # of (seed, step): what dropout masks are drawn from
+
+    @property
+    def valid(self) -> int:
+        """Number of positions that count in the loss."""
+        return int((self.targets != IGNORED).sum())
+
+    def take_rows(self, index: Tensor | slice) -> Self:
+        """The given rows of the batch."""
+        return self._map(lambda t: t[index], rows=self.rows[index])
+
+    def take_columns(self, index: Tensor | slice) -> Self:
+        """The given columns of the batch."""
+        return self._map(lambda t: t[:, index], columns=self.columns[index])
+
+    def split_rows(self, parts: int) -> list[Self]:
+        """Cut into `parts` of consecutive rows; sizes differ by one at most, larger ones first."""
+        return [self.take_rows(index) for index in torch.arange(len(self.rows)).tensor_split(parts)]
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on `device`."""
+        return self._map(lambda t: t.to(device), rows=self.rows.to(device), columns=self.columns.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor], **others: Tensor) -> Self:
+        grid = ("tokens", "targets", "positions", "documents")
+        return replace(self, **{name: change(getattr(self, name)) for name in grid}, **others)

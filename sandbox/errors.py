@@ -1,0 +1,43 @@
+"""What can go wrong, as types. A user's error never shows a traceback: the command line prints its text."""
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "MeshError",
+    "ParityError",
+    "SandboxError",
+    "UnsupportedError",
+    "WorkerError",
+]
+
+
+class SandboxError(Exception):
+    """Base of every error that is meant to be read by the user. `exit_code` ends the process."""
+
+    exit_code = 1
+
+
+class ConfigError(SandboxError):
+    """A setting is wrong. The text names the field and the fix."""
+
+    exit_code = 2
+
+
+class MeshError(ConfigError):
+    """The processes at hand cannot form the mesh that was asked for."""
+
+
+class UnsupportedError(ConfigError):
+    """The setting is meaningful, but this engine cannot run it here. The text gives the reason."""
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint is absent, damaged or of another training."""
+
+
+class ParityError(SandboxError):
+    """A sharded run and its reference differ."""
+
+
+class WorkerError(SandboxError):
+    """A rank failed, died or did not answer in time. The text leads with that rank's error."""
