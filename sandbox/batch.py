@@ -36,11 +36,11 @@ class Batch:
 
     def take_rows(self, index: Tensor | slice) -> Self:
         """The given rows of the batch."""
-        return self._map(lambda t: t[index], rows=self.rows[index])
+        return replace(self._grids(lambda t: t[index]), rows=self.rows[index])
 
     def take_columns(self, index: Tensor | slice) -> Self:
         """The given columns of the batch."""
-        return self._map(lambda t: t[:, index], columns=self.columns[index])
+        return replace(self._grids(lambda t: t[:, index]), columns=self.columns[index])
 
     def split_rows(self, parts: int) -> list[Self]:
         """Cut into `parts` of consecutive rows; sizes differ by one at most, larger ones first."""
@@ -48,8 +48,14 @@ class Batch:
 
     def to(self, device: torch.device) -> Self:
         """The same batch on `device`."""
-        return self._map(lambda t: t.to(device), rows=self.rows.to(device), columns=self.columns.to(device))
+        moved = self._grids(lambda t: t.to(device))
+        return replace(moved, rows=self.rows.to(device), columns=self.columns.to(device))
 
-    def _map(self, change: Callable[[Tensor], Tensor], **others: Tensor) -> Self:
-        grid = ("tokens", "targets", "positions", "documents")
-        return replace(self, **{name: change(getattr(self, name)) for name in grid}, **others)
+    def _grids(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return replace(
+            self,
+            tokens=change(self.tokens),
+            targets=change(self.targets),
+            positions=change(self.positions),
+            documents=change(self.documents),
+        )

@@ -1,0 +1,87 @@
+"""What a verification found, as data: printed as a table, written as JSON, drawn in the report."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+__all__ = ["Amount", "Difference", "Span", "Verdict", "Verdicts"]
+
+
+class Record(BaseModel):
+    """Plain data that goes to JSON and back."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Difference(Record):
+    """How one tensor differs from the reference.
+
+    `error` = max|x - ref| / max(max|ref|, floor); `ratio` = <x, ref> / <ref, ref>; `cos` = their cosine.
+    """
+
+    tensor: str
+    error: float
+    ratio: float
+    cos: float
+    drift: float = 0.0  # largest difference between ranks that hold the same element, over max|ref|
+    floored: bool = False  # the floor decided: the reference itself is zero up to rounding
+
+
+class Amount(Record):
+    """Bytes as predicted by the strategy's formula and as measured; one entry a rank where ranks differ."""
+
+    predicted: list[int]
+    measured: list[int]
+
+
+class Span(Record):
+    """Something a rank was busy with, in seconds since its step began."""
+
+    lane: Literal["compute", "collective"]
+    name: str  # forward, backward, optimizer; or the collective and its axis
+    start: float
+    end: float
+    bytes: int = 0
+
+
+class Verdict(Record):
+    """One config, held against its reference."""
+
+    name: str
+    engine: str
+    strategy: str
+    mesh: str
+    dtype: str
+    world: int
+    status: Literal["held", "mismatch", "failed", "unsupported"]
+    tolerance: float = 0.0
+    loss: float = 0.0  # largest relative error over the steps
+    norm: float = 0.0  # of the global gradient norm
+    gradients: list[Difference] = []  # worst over the steps, each logical tensor once, worst first
+    parameters: list[Difference] = []  # after the last step
+    cause: str = ""  # in words, of a mismatch; the reason, of a failed or unsupported case
+    seconds: float = 0.0
+    traffic: dict[str, Amount] = {}  # "all_reduce dp": bytes sent by a rank in one step
+    memory: dict[str, Amount] = {}  # "parameters", "gradients", "optimizer": bytes held by a rank after a step
+    peak: list[int] = []  # most bytes live at once during a step, by rank
+    losses: list[float] = []
+    reference_losses: list[float] = []
+    timeline: list[list[Span]] = []  # by rank, of one step
+
+    @property
+    def worst(self) -> Difference | None:
+        """The gradient that differs most."""
+        return self.gradients[0] if self.gradients else None
+
+    @property
+    def held(self) -> bool:
+        """Whether all of it is as it should be."""
+        return self.status in ("held", "unsupported")
+
+
+class Verdicts(Record):
+    """A whole verification, and what it ran on."""
+
+    versions: dict[str, str] = {}
+    cases: list[Verdict] = []
+    seconds: float = 0.0
