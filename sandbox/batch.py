@@ -13,7 +13,7 @@ IGNORED = -100
 """Target of a position that does not count in the loss, as in `torch.nn.functional.cross_entropy`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Rows and columns of a global batch. What a rank sees is again a Batch.
 

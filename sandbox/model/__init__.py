@@ -1,0 +1,8 @@
+"""A decoder transformer in plain torch. It knows nothing of parallelism: strategies act on it from outside."""
+
+from sandbox.model.attention import Attention, attend, visible
+from sandbox.model.init import build, initial
+from sandbox.model.loss import loss_sum
+from sandbox.model.transformer import Block, Transformer
+
+__all__ = ["Attention", "Block", "Transformer", "attend", "build", "initial", "loss_sum", "visible"]

@@ -1,0 +1,190 @@
+"""The collectives, each at the least bytes that it can send, and the recorder of what was sent.
+
+    collective        result on a rank                     bytes sent by a rank of n (P: bytes of the whole)
+    all_reduce        the sum, everywhere                  2 (n-1)/n P
+    reduce_scatter    the sum of its own part              P - own part
+    all_gather        all parts                            (n-1) own part
+
+On gloo, reduce_scatter and all_gather are direct exchanges: every rank sends each other rank just what that rank needs,
+from where it lies to where it belongs. gloo's own reduce_scatter is an all_reduce and a slice (twice the bytes) and its
+all_gather copies once more; both want parts of one size. Here parts may differ in size, so nothing is padded.
+Two ranks all_reduce by exchanging the whole: the same bytes as a ring, in one hop instead of two.
+On NCCL its own collectives are used. Sums are taken in rank order on gloo, so results repeat to the bit.
+
+Lower bounds: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", JPDC 2009.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Axis", "Board", "Event", "Pending", "Recorder", "all_gather", "all_reduce", "reduce_scatter", "ring_bytes"]
+
+
+class Board(Protocol):
+    """Where a rank writes which collective it is in, for whoever has to explain a hang."""
+
+    def enter(self, number: int, op: str, axis: str, bytes: int) -> None:
+        """The rank waits in a collective from now on."""
+
+    def leave(self) -> None:
+        """The rank has what it waited for."""
+
+
+@dataclass
+class Event:
+    """One collective: bytes sent by this rank, seconds on this rank's clock."""
+
+    op: str
+    axis: str
+    bytes: int
+    start: float
+    end: float = 0.0
+
+
+@dataclass
+class Recorder:
+    """Counts what this rank sends, by collective and axis. `detailed` keeps every event, with the time it really ended."""
+
+    board: Board | None = None
+    detailed: bool = False
+    sent: Counter[str] = field(default_factory=Counter)
+    events: list[Event] = field(default_factory=list)
+    number: int = 0
+
+    def launch(self, op: str, axis: str, sent: int) -> Event:
+        """A collective starts."""
+        self.number += 1
+        self.sent[f"{op} {axis}"] += sent
+        event = Event(op, axis, sent, time.perf_counter())
+        if self.detailed:
+            self.events.append(event)
+        return event
+
+
+@dataclass(frozen=True)
+class Axis:
+    """This rank's place along one axis of the mesh, or along several taken as one. `group` is None on paper."""
+
+    names: tuple[str, ...]
+    size: int
+    rank: int
+    group: dist.ProcessGroup | None = None
+    recorder: Recorder = field(default_factory=Recorder)
+
+    @property
+    def name(self) -> str:
+        """For people: `dp_shard`, or `dp_replicate x dp_shard`."""
+        return " x ".join(self.names)
+
+
+class Pending:
+    """A collective under way. `wait` returns its result; `finish` is what is left to do when the bytes have come."""
+
+    def __init__(self, axis: Axis, event: Event, works: Sequence[dist.Work], finish: Callable[[], Tensor]) -> None:
+        self._axis, self._event, self._works, self._finish = axis, event, works, finish
+        if axis.recorder.detailed and works:
+            works[-1].get_future().add_done_callback(self._ended)
+
+    def _ended(self, _: object) -> None:
+        self._event.end = time.perf_counter()
+
+    def wait(self) -> Tensor:
+        """Block until the result is there. May be called once."""
+        recorder, event = self._axis.recorder, self._event
+        if recorder.board:
+            recorder.board.enter(recorder.number, event.op, event.axis, event.bytes)
+        for work in self._works:
+            work.wait()
+        if recorder.board:
+            recorder.board.leave()
+        event.end = event.end or time.perf_counter()
+        return self._finish()
+
+
+def ring_bytes(whole: int, ranks: int) -> int:
+    """Bytes that each of `ranks` sends to all_reduce `whole` bytes."""
+    return 2 * (ranks - 1) * whole // ranks
+
+
+def all_reduce(tensor: Tensor, axis: Axis, op: str = "all_reduce") -> Pending:
+    """Sum `tensor` over `axis`, in place."""
+    event = axis.recorder.launch(op, axis.name, ring_bytes(_bytes(tensor), axis.size))
+    if axis.size == 1:
+        return Pending(axis, event, (), lambda: tensor)
+    if axis.size == 2 and not tensor.is_cuda:
+        other = torch.empty_like(tensor)
+        works = _exchange([tensor, tensor], [other, other], axis, tag=1)
+        return Pending(axis, event, works, lambda: tensor.add_(other))
+    return Pending(axis, event, (_work(dist.all_reduce(tensor, group=axis.group, async_op=True)),), lambda: tensor)
+
+
+def reduce_scatter(flat: Tensor, sizes: Sequence[int], axis: Axis, dtype: torch.dtype) -> Pending:
+    """Sum `flat` [sum(sizes)] over `axis` and keep this rank's part [sizes[rank]], summed in `dtype`.
+
+    The bytes travel in `flat`'s own dtype; `flat` must be left alone until the wait is over.
+    """
+    parts = list(flat.split(list(sizes)))
+    own = parts[axis.rank]
+    event = axis.recorder.launch("reduce_scatter", axis.name, _bytes(flat) - _bytes(own))
+    if axis.size == 1:
+        return Pending(axis, event, (), lambda: own.to(dtype))
+    if flat.is_cuda:
+        wide = [part.to(dtype) for part in parts]
+        total = torch.empty_like(wide[axis.rank])
+        work = dist.reduce_scatter(total, wide, group=axis.group, async_op=True)
+        return Pending(axis, event, (_work(work),), lambda: total)
+    others = [own if rank == axis.rank else torch.empty_like(own) for rank in range(axis.size)]
+    works = _exchange(parts, others, axis, tag=2)
+
+    def add() -> Tensor:
+        total = torch.add(others[0].to(dtype), others[1])
+        for other in others[2:]:
+            total.add_(other)
+        return total
+
+    return Pending(axis, event, works, add)
+
+
+def all_gather(flat: Tensor, sizes: Sequence[int], axis: Axis) -> Pending:
+    """Fill `flat` [sum(sizes)] with every rank's part, in place; this rank's own part must already lie in it."""
+    parts = list(flat.split(list(sizes)))
+    own = parts[axis.rank]
+    event = axis.recorder.launch("all_gather", axis.name, _bytes(own) * (axis.size - 1))
+    if axis.size == 1:
+        return Pending(axis, event, (), lambda: flat)
+    if flat.is_cuda:
+        return Pending(
+            axis, event, (_work(dist.all_gather(parts, own, group=axis.group, async_op=True)),), lambda: flat
+        )
+    return Pending(axis, event, _exchange([own] * axis.size, parts, axis, tag=3), lambda: flat)
+
+
+def _exchange(outgoing: Sequence[Tensor], incoming: Sequence[Tensor], axis: Axis, tag: int) -> list[dist.Work]:
+    """Send `outgoing[r]` to every other rank r of the axis, receive `incoming[r]` from it.
+
+    Each collective has its own tag: ranks may start a gather and a reduction in different order.
+    """
+    works = []
+    for step in range(1, axis.size):  # each step is a permutation of the ranks, so no rank is everyone's target
+        source, target = (axis.rank - step) % axis.size, (axis.rank + step) % axis.size
+        if incoming[source].numel():
+            works.append(_work(dist.irecv(incoming[source], group=axis.group, group_src=source, tag=tag)))
+        if outgoing[target].numel():
+            works.append(_work(dist.isend(outgoing[target], group=axis.group, group_dst=target, tag=tag)))
+    return works
+
+
+def _work(work: dist.Work | None) -> dist.Work:
+    assert work is not None, "this rank is not in the group"
+    return work
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

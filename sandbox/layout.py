@@ -1,0 +1,74 @@
+"""Where a local tensor lies in its logical tensor. Said once by the strategy that cuts; all else follows from it.
+
+Gathering gradients for parity, counting each element once in a norm, predicting memory, saving checkpoints: each asks
+the layout and knows nothing of the strategy.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["Layout"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A box of a logical tensor, and perhaps a range of that box's elements in row-major order.
+
+    Cuts compose: tensor parallelism takes a box, FSDP a smaller box of rows inside it, ZeRO a range of what is there.
+    """
+
+    shape: tuple[int, ...]  # of the logical tensor
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    span: tuple[int, int] | None = None  # start, stop within the flattened box
+    sharded: tuple[str, ...] = ()  # axes over which ranks hold different pieces; over all others, the same one
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Self:
+        """All of a tensor, on every rank."""
+        return cls(shape, (0,) * len(shape), shape)
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of the local tensor."""
+        return self.size if self.span is None else (self.span[1] - self.span[0],)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the local tensor."""
+        return math.prod(self.local_shape)
+
+    def cut(self, dim: int, start: int, stop: int, axes: tuple[str, ...]) -> Self:
+        """Keep [start, stop) of dimension `dim` of this box."""
+        if self.span is not None:
+            raise ValueError("a range of a flattened box has no dimensions left to cut")
+        offset, size = list(self.offset), list(self.size)
+        offset[dim] += start
+        size[dim] = stop - start
+        return replace(self, offset=tuple(offset), size=tuple(size), sharded=(*self.sharded, *axes))
+
+    def range(self, start: int, stop: int, axes: tuple[str, ...]) -> Self:
+        """Keep the elements [start, stop) of this box, flattened."""
+        base = self.span[0] if self.span else 0
+        return replace(self, span=(base + start, base + stop), sharded=(*self.sharded, *axes))
+
+    def take(self, full: Tensor) -> Tensor:
+        """Cut this piece out of the logical tensor (a view where it can be one)."""
+        box = full[self._slices]
+        return box if self.span is None else box.reshape(-1)[slice(*self.span)]
+
+    def put(self, full: Tensor, local: Tensor) -> None:
+        """Write this piece to its place in the logical tensor (contiguous)."""
+        if self.span is None:
+            full[self._slices] = local
+        else:
+            index = torch.arange(full.numel()).view(self.shape)[self._slices].reshape(-1)[slice(*self.span)]
+            full.view(-1)[index] = local
+
+    @property
+    def _slices(self) -> tuple[slice, ...]:
+        return tuple(slice(o, o + s) for o, s in zip(self.offset, self.size, strict=True))

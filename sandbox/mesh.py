@@ -1,0 +1,75 @@
+"""The ranks of a world, arranged along named axes. Built from degrees; with process groups, or on paper."""
+
+import math
+from collections.abc import Mapping
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from sandbox.comm import Axis, Recorder
+from sandbox.errors import MeshError
+
+__all__ = ["Mesh"]
+
+
+class Mesh:
+    """Named axes over the ranks, outermost first. Axes of degree 1 need no group and cost nothing.
+
+    `device` None makes a mesh on paper: it answers who is where, for predictions, but cannot communicate.
+    """
+
+    def __init__(
+        self, degrees: Mapping[str, int], rank: int = 0, device: str | None = None, recorder: Recorder | None = None
+    ) -> None:
+        self.degrees, self.rank, self.world = dict(degrees), rank, math.prod(degrees.values())
+        self.recorder = recorder or Recorder()
+        self.device_mesh: DeviceMesh | None = None
+        self._axes: dict[tuple[str, ...], Axis] = {}
+        if device and self.world > 1:
+            if dist.get_world_size() != self.world:
+                raise MeshError(
+                    f"the mesh has {self.world} ranks ({' x '.join(f'{k} {v}' for k, v in degrees.items() if v > 1)}), "
+                    f"but {dist.get_world_size()} were started. Start {self.world}, or change a degree."
+                )
+            wide = {name: degree for name, degree in degrees.items() if degree > 1}
+            self.device_mesh = init_device_mesh(device, tuple(wide.values()), mesh_dim_names=tuple(wide))
+
+    def axis(self, *names: str) -> Axis:
+        """The axis of that name; of several names, all of them flattened into one, the first outermost."""
+        wide = tuple(name for name in names if self.degrees[name] > 1)
+        if wide not in self._axes:
+            self._axes[wide] = self._make(wide, names)
+        return self._axes[wide]
+
+    @property
+    def data(self) -> Axis:
+        """All ranks that see other rows: dp_replicate x dp_shard."""
+        return self.axis("dp_replicate", "dp_shard")
+
+    @property
+    def everyone(self) -> Axis:
+        """All ranks."""
+        return self.axis(*self.degrees)
+
+    def submesh(self, *names: str) -> DeviceMesh:
+        """The part of torch's device mesh with those axes (of degree > 1), for engines that want one."""
+        assert self.device_mesh is not None, "a mesh on paper, or of one rank, has no device mesh"
+        return self.device_mesh[tuple(name for name in names if self.degrees[name] > 1)]
+
+    def _make(self, wide: tuple[str, ...], names: tuple[str, ...]) -> Axis:
+        size = math.prod(self.degrees[name] for name in wide)
+        rank = 0
+        for name in wide:
+            rank = rank * self.degrees[name] + self._coordinate(name)
+        group = None
+        if self.device_mesh is not None and size == self.world:
+            group = dist.group.WORLD
+        elif self.device_mesh is not None and size > 1:
+            part = self.device_mesh[wide] if len(wide) == 1 else self.device_mesh[wide]._flatten("_".join(wide))
+            group = part.get_group()
+        return Axis(wide or names[:1], size, rank, group, self.recorder)
+
+    def _coordinate(self, name: str) -> int:
+        names = list(self.degrees)
+        inner = math.prod(self.degrees[other] for other in names[names.index(name) + 1 :])
+        return self.rank // inner % self.degrees[name]

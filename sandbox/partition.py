@@ -1,0 +1,98 @@
+"""Cutting the parameters of a bucket over the ranks of an axis: one part a rank, of a size but for one element or row.
+
+ZeRO cuts the concatenation of all parameters into ranges, wherever they begin and end. FSDP cuts each parameter by
+rows. Either way a rank holds one range of every flattened parameter, perhaps an empty one, and its part is those ranges
+laid end to end. The parts in rank order are what reduce_scatter takes and all_gather returns.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, nn
+
+from sandbox.layout import Layout
+
+__all__ = ["Partition", "by_ranges", "by_rows"]
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """For every rank: parameter -> the elements [start, stop) of it, flattened, that the rank holds."""
+
+    shapes: Mapping[str, torch.Size]
+    spans: Sequence[Mapping[str, Span]]
+    rows: bool  # spans are whole rows, and pieces keep the parameter's other dimensions
+
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of each rank's part."""
+        return [sum(stop - start for start, stop in spans.values()) for spans in self.spans]
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Whole tensors by name -> all parts in rank order, one new flat tensor."""
+        flat = {name: tensors[name].reshape(-1) for name in self.shapes}
+        if not self.rows:
+            return torch.cat(list(flat.values()))  # ranges in rank order ARE the parameters in order
+        return torch.cat([flat[name][slice(*span)] for spans in self.spans for name, span in spans.items()])
+
+    def unflatten(self, flat: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        """Copy all parts in rank order into whole tensors by name: the inverse of `flatten`."""
+        for rank, part in enumerate(flat.split(self.sizes)):
+            for name, piece in self.pieces(part, rank).items():
+                tensors[name].reshape(-1)[slice(*self.spans[rank][name])] = piece.reshape(-1)
+
+    def pieces(self, part: Tensor, rank: int) -> dict[str, Tensor]:
+        """Views of `part`, the part of `rank`, by parameter."""
+        sizes = [stop - start for start, stop in self.spans[rank].values()]
+        names = self.spans[rank]
+        return {name: view.view(self._shape(name, rank)) for name, view in zip(names, part.split(sizes), strict=True)}
+
+    def layout(self, name: str, rank: int, whole: Layout, axes: tuple[str, ...]) -> Layout:
+        """Where the piece of `rank` lies, given where the parameter itself does."""
+        start, stop = self.spans[rank][name]
+        if not self.rows:
+            return whole.range(start, stop, axes)
+        width = math.prod(self.shapes[name][1:])
+        return whole.cut(0, start // width, stop // width, axes)
+
+    def _shape(self, name: str, rank: int) -> tuple[int, ...]:
+        start, stop = self.spans[rank][name]
+        if not self.rows:
+            return (stop - start,)
+        return ((stop - start) // math.prod(self.shapes[name][1:]), *self.shapes[name][1:])
+
+
+def by_ranges(params: Mapping[str, nn.Parameter], ranks: int) -> Partition:
+    """Cut the concatenation of `params` into one range a rank."""
+    bounds = [0, *accumulate(_even(sum(p.numel() for p in params.values()), ranks))]
+    spans: list[dict[str, Span]] = [{} for _ in range(ranks)]
+    begin = 0
+    for name, param in params.items():
+        for mine, (low, high) in zip(spans, pairwise(bounds), strict=True):
+            start, stop = max(low - begin, 0), min(high - begin, param.numel())
+            mine[name] = (start, stop) if start < stop else (0, 0)
+        begin += param.numel()
+    return Partition({name: p.shape for name, p in params.items()}, spans, rows=False)
+
+
+def by_rows(params: Mapping[str, nn.Parameter], ranks: int) -> Partition:
+    """Cut every one of `params` along its first dimension."""
+    spans: list[dict[str, Span]] = [{} for _ in range(ranks)]
+    extra = 0  # who got the last odd row: the next odd row goes to the next rank, so that parts stay of a size
+    for name, param in params.items():
+        rows, width = param.shape[0], math.prod(param.shape[1:])
+        sizes = _even(rows, ranks)
+        sizes = sizes[-extra:] + sizes[:-extra] if extra else sizes
+        extra = (extra + rows) % ranks
+        for mine, (low, high) in zip(spans, pairwise([0, *accumulate(sizes)]), strict=True):
+            mine[name] = (low * width, high * width)
+    return Partition({name: p.shape for name, p in params.items()}, spans, rows=True)
+
+
+def _even(total: int, parts: int) -> list[int]:
+    return [total // parts + (rank < total % parts) for rank in range(parts)]

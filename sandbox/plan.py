@@ -1,0 +1,148 @@
+"""From a config to the strategies it asks for, and from those to a program: the fold.
+
+A strategy is a module, found by its place: `sandbox/strategies/NAME.py` for the engine `native`,
+`sandbox/engines/ENGINE/NAME.py` for another. It has
+
+    AXIS            the mesh axis that it acts on
+    Options         its options, a pydantic model
+    apply           (program, mesh, options) -> program
+    predict         (model on meta, mesh on paper, options, config) -> Prediction
+
+and its docstring is what `sandbox explain` prints. An engine's package may hold UNSUPPORTED: strategy -> reason.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+
+import sandbox.engines
+import sandbox.strategies
+from sandbox.config import Config, Options, check
+from sandbox.errors import ConfigError, UnsupportedError
+from sandbox.mesh import Mesh
+from sandbox.predict import Prediction
+from sandbox.program import Program, materialise, unsharded
+
+__all__ = ["Planned", "Strategy", "engines", "find", "fold", "plan", "predict", "strategies", "unsupported"]
+
+FOLD = ("pp", "tp", "cp", "dp")
+"""The order in which strategies are folded over the model: each meets what the ones before it have left."""
+
+
+class Strategy(Protocol):
+    """A strategy's module."""
+
+    __name__: str
+    __doc__: str | None
+    AXIS: str
+    Options: type[Options]
+
+    def apply(self, program: Program, mesh: Mesh, options: Any) -> Program:
+        """Change the program."""
+
+    def predict(self, model: nn.Module, mesh: Mesh, options: Any, config: Config) -> Prediction:
+        """Tell bytes sent and held."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A strategy with its options, as a config asks for it."""
+
+    strategy: Strategy
+    options: Options
+
+
+def engines() -> list[str]:
+    """Names of all engines, ours first."""
+    return ["native", *sorted(m.name for m in pkgutil.iter_modules(sandbox.engines.__path__) if m.ispkg)]
+
+
+def strategies(engine: str) -> list[str]:
+    """Names of an engine's strategies."""
+    folder = Path(importlib.import_module(_package(engine)).__path__[0])
+    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))
+
+
+def unsupported(engine: str) -> dict[str, str]:
+    """Strategies that an engine cannot run here, each with the reason."""
+    return dict(getattr(importlib.import_module(_package(engine)), "UNSUPPORTED", {}))
+
+
+def find(engine: str, name: str) -> Strategy:
+    """The module of a strategy. Raises UnsupportedError with the reason, or ConfigError with the nearest name."""
+    if engine not in engines():
+        raise ConfigError(f"engine: {engine!r} is not an engine. {_nearest(engine, engines())}")
+    if name in (reasons := unsupported(engine)):
+        raise UnsupportedError(f"engine {engine} cannot run {name}: {reasons[name]}")
+    if name not in strategies(engine):
+        raise ConfigError(f"{name!r} is not a strategy of engine {engine}. {_nearest(name, strategies(engine))}")
+    return cast(Strategy, importlib.import_module(f"{_package(engine)}.{name}"))
+
+
+def plan(config: Config) -> list[Planned]:
+    """The strategies of `config` with their options, in the order of the fold; axes of degree 1 are only checked."""
+    return [planned for planned, active in _resolve(config) if active]
+
+
+def fold(config: Config, mesh: Mesh, device: torch.device) -> Program:
+    """The finished program of this rank."""
+    program = unsharded(config, mesh, device)
+    for planned in plan(config):
+        program = planned.strategy.apply(program, mesh, planned.options)
+    if any(p.is_meta for p in program.parameters.values()):
+        program = _whole(program)
+    return program
+
+
+def predict(config: Config, model: nn.Module) -> list[Prediction]:
+    """What each rank will send in a step and hold after it. `model` is on the meta device and is left as it is."""
+    ranks = []
+    for rank in range(config.mesh.world):
+        mesh = Mesh(config.mesh.degrees, rank)
+        parts = [p.strategy.predict(model, mesh, p.options, config) for p in plan(config)]
+        traffic = {key: value for part in parts for key, value in part.traffic.items() if value}
+        ranks.append(Prediction(traffic, parts[-1].memory if parts else {}))
+    return ranks
+
+
+def _whole(program: Program) -> Program:
+    from dataclasses import replace
+
+    return replace(program, parameters=materialise(program))
+
+
+def _resolve(config: Config) -> Iterator[tuple[Planned, bool]]:
+    for axis in FOLD:
+        section = getattr(config.mesh, axis)
+        if axis != "dp" and section.degree == 1 and not section.strategy:
+            if section.options:
+                check(type(section), {"degree": section.degree}, prefix=f"mesh.{axis}")
+            continue
+        path = f"mesh.{axis}"
+        try:
+            strategy = find(config.engine, section.strategy or axis)
+        except UnsupportedError:
+            raise
+        except ConfigError as error:
+            raise ConfigError(f"{path}.strategy: {error}" if "strategy" in str(error) else str(error)) from None
+        if axis != strategy.AXIS:
+            raise ConfigError(f"{path}.strategy: {section.strategy} belongs to mesh.{strategy.AXIS}.")
+        options = check(strategy.Options, section.options, prefix=path, also=type(section).model_fields)
+        active = section.degree > 1 or (axis == "dp" and config.mesh.cp.degree > 1)
+        yield Planned(strategy, options), active
+
+
+def _package(engine: str) -> str:
+    return "sandbox.strategies" if engine == "native" else f"sandbox.engines.{engine}"
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, 1, 0.4)
+    return f"Did you mean {near[0]}?" if near else f"There are: {', '.join(names)}."

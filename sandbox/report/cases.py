@@ -1,0 +1,55 @@
+"""Which cases to draw, and what they hold in memory: shared by the page and the figure."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from sandbox.report import words
+from sandbox.verify.verdict import Amount, Verdict
+
+__all__ = ["PARTS", "Group", "Held", "groups", "held", "representatives"]
+
+PARTS = ("parameters", "gradients", "optimizer", "activations")
+"""What memory is for. Theory has nothing on the last: it is what the peak has beyond the others."""
+
+
+class Group(NamedTuple):
+    """Cases of one strategy on one engine."""
+
+    strategy: str
+    engine: str
+    cases: list[Verdict]
+
+
+class Held(NamedTuple):
+    """Bytes on one rank, by part."""
+
+    measured: dict[str, int]
+    predicted: dict[str, int]
+
+
+def groups(cases: Iterable[Verdict]) -> list[Group]:
+    """Strategies in the order of their first case, engines within."""
+    cases = list(cases)
+    engines = dict.fromkeys(case.engine for case in cases)
+    keys = [(strategy, engine) for strategy in dict.fromkeys(case.strategy for case in cases) for engine in engines]
+    found = [Group(*key, [case for case in cases if (case.strategy, case.engine) == key]) for key in keys]
+    return [group for group in found if group.cases]
+
+
+def representatives(cases: Iterable[Verdict], having: Callable[[Verdict], bool]) -> list[Verdict]:
+    """Of every strategy and engine the case on most ranks: charts of all would say little more."""
+    drawn = groups(case for case in cases if case.status in ("held", "mismatch") and having(case))
+    return [max(group.cases, key=lambda case: (case.status == "held", case.world)) for group in drawn]
+
+
+def held(case: Verdict) -> list[Held]:
+    """What each rank holds."""
+    ranks = [Held({}, {}) for _ in range(case.world)]
+    for part in PARTS[:-1]:
+        amount = case.memory.get(part, Amount(predicted=[0], measured=[0]))
+        measured, predicted = words.spread(amount.measured, case.world), words.spread(amount.predicted, case.world)
+        for rank, one, other in zip(ranks, measured, predicted, strict=False):
+            rank.measured[part], rank.predicted[part] = one, other
+    for rank, peak in zip(ranks, words.spread(case.peak, case.world), strict=False):
+        rank.measured["activations"] = max(peak - sum(rank.measured.values()), 0)
+    return ranks

@@ -1,0 +1,56 @@
+"""The same work in processes that torchrun started. The only place that reads its environment."""
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from sandbox.errors import SandboxError, WorkerError
+from sandbox.runtime.failure import Failure
+from sandbox.runtime.member import Member, join
+
+__all__ = ["attach", "attached"]
+
+T = TypeVar("T")
+
+
+def attached() -> bool:
+    """Whether torchrun, or something that sets the same variables, started this process as one of its ranks."""
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def attach(
+    work: Callable[..., T],
+    *args: Any,
+    timeout: float,
+    on_message: Callable[[int, Any], None] | None = None,
+    device: str = "cpu",
+    threads: int = 1,
+) -> T:
+    """Run `work(member, *args)` as the rank that this process is; return its result. End the process by `leave`.
+
+    As `launch`, but for this rank only: `on_message` is called here, and `timeout` s is the longest a collective may
+    take. An error is noted for torchrun, whose summary then shows the first.
+
+    Raises WorkerError: the work failed, or a collective did. SandboxErrors are raised as they are.
+    """
+    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    listener = on_message or (lambda rank, message: None)
+    member = Member(
+        rank, world, f"cuda:{local}" if device == "cuda" else device, send=lambda message: listener(rank, message)
+    )
+
+    import torch.distributed as dist
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    try:
+        join(member, timeout=timeout, threads=threads)
+        result = work(member, *args)
+        if dist.is_initialized():
+            dist.barrier()  # one that left early would break the connections of the others
+            dist.destroy_process_group()
+        return result
+    except Exception as error:
+        get_error_handler().record_exception(error)
+        if isinstance(error, SandboxError):
+            raise
+        raise WorkerError(str(Failure.of(rank, error, member.board.read()))) from None

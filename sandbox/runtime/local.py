@@ -1,0 +1,207 @@
+"""Worlds of fresh processes on this machine."""
+
+import atexit
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from mmap import mmap
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sandbox.errors import MeshError, WorkerError
+from sandbox.runtime.board import Board, size_of, stalled
+from sandbox.runtime.failure import Failure, verdict
+from sandbox.runtime.server import MOST_RANKS, Request, Started, stack_file
+
+__all__ = ["launch", "warm"]
+
+T = TypeVar("T")
+
+_GRACE = 0.3  # s after the first failure in which others are heard: the cause may be the second
+_lock = threading.Lock()
+_server: "_Server | None" = None
+
+
+def launch(
+    world: int,
+    work: Callable[..., T],
+    *args: Any,
+    timeout: float,
+    on_message: Callable[[int, Any], None] | None = None,
+    device: str = "cpu",
+    threads: int = 1,
+) -> list[T]:
+    """Run `work(member, *args)` in `world` fresh processes; return their results by rank.
+
+    In a world of several ranks the process group is ready when `work` starts: gloo, and NCCL too if `device` is
+    `cuda`. `work` and `args` are pickled, so `work` is a function of an importable module. `on_message(rank, message)`
+    gets what ranks `member.send`. `threads` are those of torch in each rank: more than one may change sums.
+
+    When this returns or raises, no process and no file is left.
+
+    Raises WorkerError: a rank failed or died, or none noted a collective, sent or returned anything for `timeout` s.
+    Raises MeshError: there are too many ranks, or too few GPUs. Other SandboxErrors of a rank are raised as they are.
+    """
+    if not 1 <= world <= MOST_RANKS:
+        raise MeshError(f"{world} ranks: one machine takes 1 to {MOST_RANKS}.")
+    request = Request(
+        world, pickle.dumps((work, args)), device, timeout, threads, dict(os.environ), sys.path, str(Path.cwd())
+    )
+    with _world(request) as ranks:
+        return _collect(ranks, timeout, on_message or (lambda rank, message: None))
+
+
+def warm(*modules: str) -> None:
+    """Have torch, and `modules` as well, imported in the background, so that the first world need not wait for it."""
+    global _server
+    with _lock:
+        if _server and _server.process.poll() is None and _server.modules.issuperset(modules):
+            return
+        wanted = {*modules, *(_server.modules if _server else ())}
+        _stop()
+        _server = _Server(wanted)
+
+
+class _Server:
+    """The launcher's end of the server."""
+
+    def __init__(self, modules: set[str]) -> None:
+        self.modules = modules
+        self.control, theirs = socket.socketpair()
+        code = "import sys; sys.path[:] = {!r}; from sandbox.runtime.server import serve; serve({}, {!r})"
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code.format(sys.path, theirs.fileno(), sorted(modules))],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                process_group=0,  # out of reach of the terminal's Ctrl-C
+                env={**os.environ, "OMP_NUM_THREADS": "1"},  # a pool of threads would not survive a fork
+            )
+
+
+@atexit.register
+def _stop() -> None:
+    global _server
+    if _server:
+        _server.control.close()
+        _server.process.kill()  # it holds nothing: each world has its keeper
+        _server.process.wait()
+        _server = None
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """A running world, seen from its launcher."""
+
+    keeper: "Connection[Any, Any]"
+    lines: "list[Connection[Any, Any]]"
+    boards: list[Board]
+    started: Started
+
+    def places(self) -> dict[int, str]:
+        """Ask the ranks where in the work they are: rank -> innermost line that is not torch's."""
+        for pid in self.started.pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+        time.sleep(0.2)
+        places = {}
+        for rank in range(len(self.lines)):
+            frames = [line.strip() for line in stack_file(self.started.folder, rank).read_text().splitlines()[1:]]
+            if own := [
+                frame for frame in frames if "site-packages/torch/" not in frame and "/runtime/server.py" not in frame
+            ]:
+                places[rank] = own[0].removeprefix("File ")
+        return places
+
+
+@contextmanager
+def _world(request: Request) -> Iterator[_Ranks]:
+    """Start the ranks; end them, whatever happens."""
+    with ExitStack() as ours, ExitStack() as theirs:
+        pairs = [Pipe() for _ in range(1 + request.world)]
+        for near, far in pairs:
+            ours.enter_context(near)
+            theirs.enter_context(far)
+        file = theirs.enter_context(tempfile.TemporaryFile())
+        file.truncate(size_of(request.world))
+        memory = mmap(file.fileno(), 0)
+        (keeper, _), *rest = pairs
+        _fork([pairs[0][1].fileno(), file.fileno(), 1, 2, *(far.fileno() for _, far in rest)])
+        theirs.close()
+        try:
+            keeper.send(request)
+            started = keeper.recv()
+        except (EOFError, ConnectionError):
+            raise WorkerError("the ranks could not be started: the process that forks them ended.") from None
+        try:
+            yield _Ranks(keeper, [near for near, _ in rest], [Board(memory, r) for r in range(request.world)], started)
+        finally:
+            with suppress(EOFError, ConnectionError):
+                keeper.send("end")
+                while True:
+                    keeper.recv()  # until the keeper has reaped the ranks and removed their folder
+
+
+def _fork(files: Sequence[int]) -> None:
+    for attempt in range(2):
+        warm()
+        with _lock:
+            assert _server
+            try:
+                socket.send_fds(_server.control, [b"w"], files)
+                return
+            except ConnectionError:  # it died since
+                if attempt:
+                    raise
+
+
+def _collect(ranks: _Ranks, timeout: float, on_message: Callable[[int, Any], None]) -> list[Any]:
+    """Results by rank, or the error."""
+    results: dict[int, Any] = {}
+    failures: dict[int, Failure] = {}
+    sources = {line: rank for rank, line in enumerate(ranks.lines)}
+    heard = time.monotonic()
+    while len(results) + len(failures) < len(ranks.lines):
+        moved = max(heard, *(board.read().moved for board in ranks.boards))
+        patience = (
+            min(f.moment for f in failures.values()) + _GRACE if failures else moved + timeout
+        ) - time.monotonic()
+        if patience <= 0:
+            break
+        ready = wait([*sources, ranks.keeper], patience)
+        if ready:
+            heard = time.monotonic()
+        for line in (line for line in sources.copy() if line in ready):
+            rank = sources[line]
+            try:
+                kind, value = pickle.loads(line.recv_bytes())
+            except (EOFError, ConnectionError):
+                del sources[line]  # dead: the keeper will say how
+                continue
+            if kind == "message":
+                on_message(rank, value)
+            elif kind == "result":
+                results[rank] = value
+            else:
+                failures[rank] = value
+        if ranks.keeper in ready:
+            rank, code = ranks.keeper.recv()
+            if rank not in results and rank not in failures:
+                failures[rank] = Failure.exit(rank, code)
+    if failures:
+        raise verdict(failures.values())
+    if len(results) < len(ranks.lines):
+        entries = [board.read() for board in ranks.boards]
+        raise WorkerError(stalled(entries, returned=results.keys(), places=ranks.places(), timeout=timeout))
+    return [results[rank] for rank in range(len(ranks.lines))]

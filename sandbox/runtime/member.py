@@ -1,0 +1,63 @@
+"""What a rank's work is given: who it is, and how to speak to its launcher."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, NoReturn
+
+from sandbox.errors import MeshError
+from sandbox.runtime.board import Board
+
+__all__ = ["Member", "join", "leave"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One rank of a world. `device` is as torch names it: `cpu`, `cuda:1`. The default is a world of its own."""
+
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+    board: Board = field(default_factory=Board.private, compare=False, repr=False)
+    """Where each collective is noted, so that a hang can be explained."""
+    send: Callable[[Any], None] = field(default=lambda message: None, compare=False, repr=False)
+    """Hand a message that can be pickled to the launcher's `on_message`, in order, from one thread."""
+
+
+def join(member: Member, *, timeout: float, threads: int, place: str = "env://") -> None:
+    """Set up torch in this process and, in a world of several ranks, the process group.
+
+    Collectives fail after `timeout` seconds. The ranks meet at the URL `place`; the default is where torchrun says.
+
+    Raises MeshError: there is no such GPU.
+    """
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(threads)
+    device = torch.device(member.device)
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise MeshError(f"rank {member.rank} has no GPU: this machine has {torch.cuda.device_count()}.")
+        torch.cuda.set_device(device)
+    if member.world == 1:
+        return
+    member.board.enter(0, "init_process_group", "world", 0)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        init_method=place,
+        rank=member.rank,
+        world_size=member.world,
+        timeout=timedelta(seconds=timeout),
+        device_id=device if device.type == "cuda" else None,
+    )
+    member.board.leave()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with the exit code, and with no destructor: after DDP those hang at random."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

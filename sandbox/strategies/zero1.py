@@ -1,0 +1,146 @@
+"""ZeRO stage 1: every rank holds the whole model and all gradients, but updates only its part of the parameters.
+
+    tensor            before        after backward      after reduction         after the step
+    parameter W       W[N]          -                   -                       W[N]
+    gradient  G       -             G[N]{U_dp}          own range: G[N_dp]      -
+    optimizer M       M[N_dp]       -                   -                       M[N_dp]
+    batch     X       X[B_dp, S]    -                   -                       -
+
+N: elements of a bucket, all its parameters flattened end to end; `N_dp`: cut over dp; `{U_dp}`: not yet summed.
+
+Bytes sent by a rank in one step: (n-1)/n P to reduce_scatter the gradients and (n-1)/n P to all_gather the new
+parameters, together what an all_reduce sends (n ranks, P bytes of parameters). With replicas, 2 (r-1)/r P/n more.
+Memory: parameters and gradients in full, 1/n of the optimizer's state: (2 + K/n) P.
+
+The parameters of a bucket lie in one flat tensor, so that gathering writes them where they are used: no copies.
+
+Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020, section 5.1.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from sandbox.buckets import Bucket, ScatterSum, cut_buckets, reduce_in_backward
+from sandbox.comm import Axis, Pending, all_gather, ring_bytes
+from sandbox.config import Config
+from sandbox.config import Options as Base
+from sandbox.layout import Layout
+from sandbox.mesh import Mesh
+from sandbox.partition import Partition, by_ranges
+from sandbox.predict import Prediction, bytes_of, state_copies
+from sandbox.program import Program, materialise, shard_rows
+
+AXIS = "dp"
+
+
+class Options(Base):
+    """Options of `zero1`."""
+
+    bucket_mb: float = Field(25.0, gt=0, description="MiB of gradients that travel together")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A bucket of the model's parameters in one flat tensor [N], and this rank's range of it [N_dp]."""
+
+    bucket: Bucket
+    partition: Partition
+    axis: Axis
+    flat: Tensor
+    pieces: dict[str, nn.Parameter]  # views of `flat`: what the optimizer updates is what the model uses
+
+    @classmethod
+    def of(cls, bucket: Bucket, axis: Axis) -> "Shard":
+        """Move the bucket's parameters into one flat tensor."""
+        partition = by_ranges(bucket.params, axis.size)
+        flat = partition.flatten({name: p.detach() for name, p in bucket.params.items()})
+        for name, view in bucket.views(flat).items():
+            bucket.params[name].data = view
+        part = flat.split(partition.sizes)[axis.rank]
+        pieces = {name: nn.Parameter(view) for name, view in partition.pieces(part, axis.rank).items()}
+        return cls(bucket, partition, axis, flat, pieces)
+
+    def gather(self) -> Pending:
+        """Bring the parts that other ranks have updated."""
+        return all_gather(self.flat, self.partition.sizes, self.axis)
+
+    def layouts(self, program: Program) -> Iterator[tuple[str, Layout]]:
+        """Where each piece lies."""
+        for name in self.pieces:
+            yield name, self.partition.layout(name, self.axis.rank, program.layout[name], self.axis.names)
+
+    def set_grads(self, part: Tensor) -> None:
+        """Give every piece its gradient: views of `part` [N_dp]."""
+        for name, grad in self.partition.pieces(part, self.axis.rank).items():
+            self.pieces[name].grad = grad
+
+
+def shard_optimizer(program: Program, mesh: Mesh, megabytes: float) -> tuple[Program, list[Shard]]:
+    """Cut what the optimizer updates over dp_shard x cp; after each step, gather the parameters."""
+    axis = mesh.axis("dp_shard", "cp")
+    shards = [Shard.of(bucket, axis) for bucket in cut_buckets(materialise(program), megabytes)]
+
+    def refresh() -> None:
+        program.refresh()
+        for gather in [shard.gather() for shard in shards]:
+            gather.wait()
+
+    sharded = replace(
+        program,
+        parameters={name: piece for shard in shards for name, piece in shard.pieces.items()},
+        layout=dict(pair for shard in shards for pair in shard.layouts(program)),
+        shard_batch=shard_rows(program, mesh),
+        refresh=refresh,
+    )
+    return sharded, shards
+
+
+def apply(program: Program, mesh: Mesh, options: Options) -> Program:
+    """Return `program` with the optimizer's state cut over dp_shard x cp; gradients are summed after the last microbatch."""
+    sharded, shards = shard_optimizer(program, mesh, options.bucket_mb)
+    sums = ScatterSum(mesh.axis("dp_shard", "cp"), mesh.axis("dp_replicate"), shards[0].flat.dtype)
+    full: dict[int, Tensor] = {}  # gradients stay whole in stage 1
+
+    def launch(number: int, final: bool) -> None:
+        shard = shards[number]
+        full[number] = shard.bucket.flatten_grads()
+        for name, view in shard.bucket.views(full[number]).items():
+            shard.bucket.params[name].grad = view
+        sums.launch(number, full[number], shard.partition.sizes, final)
+
+    def finish(final: bool) -> None:
+        sums.finish()
+        for number, shard in enumerate(shards):
+            own = full.pop(number).split(shard.partition.sizes)[shard.axis.rank]
+            shard.set_grads(own.copy_(sums.sums.pop(number)))
+
+    return reduce_in_backward(sharded, [shard.bucket for shard in shards], launch, finish, each=False)
+
+
+def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
+    """Bytes sent in one step and held after it, by this rank."""
+    traffic, part = shard_traffic(model, mesh, options.bucket_mb, rounds=1)
+    whole = bytes_of(model.parameters())
+    return Prediction(
+        traffic=traffic,
+        memory={"parameters": whole, "gradients": whole, "optimizer": state_copies(config.train) * part},
+    )
+
+
+def shard_traffic(model: nn.Module, mesh: Mesh, megabytes: float, rounds: int) -> tuple[dict[str, int], int]:
+    """Bytes by collective if gradients are reduced `rounds` times a step, and bytes of this rank's part."""
+    axis, replicate = mesh.axis("dp_shard", "cp"), mesh.axis("dp_replicate")
+    params = dict(model.named_parameters())
+    item = next(iter(params.values())).element_size()
+    parts = [by_ranges(b.params, axis.size).sizes[axis.rank] * item for b in cut_buckets(params, megabytes)]
+    whole, part = bytes_of(params.values()), sum(parts)
+    traffic = {
+        f"reduce_scatter {axis.name}": rounds * (whole - part),
+        f"all_gather {axis.name}": (axis.size - 1) * part,
+    }
+    if replicate.size > 1:
+        traffic[f"all_reduce {replicate.name}"] = sum(ring_bytes(own, replicate.size) for own in parts)
+    return traffic, part

@@ -1,0 +1,75 @@
+"""ZeRO stage 2: as stage 1, and a rank keeps only its part of the gradients.
+
+    tensor            before        after backward      after reduction         after the step
+    parameter W       W[N]          -                   -                       W[N]
+    gradient  G       -             G[N]{U_dp}          G[N_dp]                 G[N_dp]
+    optimizer M       M[N_dp]       -                   -                       M[N_dp]
+    batch     X       X[B_dp, S]    -                   -                       -
+
+N: elements of a bucket, all its parameters flattened end to end; `N_dp`: cut over dp; `{U_dp}`: not yet summed.
+
+Bytes sent by a rank in one step: as stage 1 for each of M microbatches' reduce_scatter, (n-1)/n P (M + 1); with
+`sync: last`, gradients add up whole until the last microbatch, (n-1)/n 2 P. Memory: parameters in full, 1/n of gradients
+and optimizer state, (1 + (1 + K)/n) P, and during backward the buckets under way.
+
+Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020, section 5.2.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import nn
+
+from sandbox.buckets import ScatterSum, reduce_in_backward
+from sandbox.config import Config
+from sandbox.config import Options as Base
+from sandbox.mesh import Mesh
+from sandbox.predict import Prediction, bytes_of, state_copies
+from sandbox.program import Program
+from sandbox.strategies.zero1 import shard_optimizer, shard_traffic
+
+AXIS = "dp"
+
+
+class Options(Base):
+    """Options of `zero2`."""
+
+    bucket_mb: float = Field(25.0, gt=0, description="MiB of gradients that travel together")
+    sync: Literal["each", "last"] = Field(
+        "each", description="reduce after each microbatch, or after the last one only"
+    )
+
+
+def apply(program: Program, mesh: Mesh, options: Options) -> Program:
+    """Return `program` with optimizer state and gradients cut over dp_shard x cp."""
+    sharded, shards = shard_optimizer(program, mesh, options.bucket_mb)
+    sums = ScatterSum(mesh.axis("dp_shard", "cp"), mesh.axis("dp_replicate"), shards[0].flat.dtype)
+
+    def launch(number: int, final: bool) -> None:
+        bucket = shards[number].bucket
+        flat = bucket.flatten_grads()
+        for param in bucket.params.values():
+            param.grad = None
+        sums.launch(number, flat, shards[number].partition.sizes, final)
+
+    def finish(final: bool) -> None:
+        if final:
+            sums.finish()
+            for number, shard in enumerate(shards):
+                shard.set_grads(sums.sums.pop(number))
+
+    return reduce_in_backward(sharded, [shard.bucket for shard in shards], launch, finish, each=options.sync == "each")
+
+
+def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
+    """Bytes sent in one step and held after it, by this rank."""
+    rounds = config.train.microbatches if options.sync == "each" else 1
+    traffic, part = shard_traffic(model, mesh, options.bucket_mb, rounds)
+    return Prediction(
+        traffic=traffic,
+        memory={
+            "parameters": bytes_of(model.parameters()),
+            "gradients": part,
+            "optimizer": state_copies(config.train) * part,
+        },
+    )

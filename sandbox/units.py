@@ -1,0 +1,228 @@
+"""Parameters that are gathered on use and freed after it: the machinery that ZeRO-3 and FSDP share.
+
+A unit is what is gathered together: each block, the embedding, and the final norm with the head. Between uses a rank
+holds only its part of it, [N_dp] of [N] elements. In forward and again in backward,
+
+    wait for this unit  ->  start to gather the next one  ->  compute this one  ->  free this one
+
+so that bytes travel while the rank computes, and two units at most are whole at once. The last block and the head are
+kept from forward to backward, for they would be gathered again at once; the embedding's weight is not needed in backward.
+A unit's gradients are reduced as soon as they are complete, and its parameters freed with them.
+
+To free is to shrink the storage to nothing: the parameters, and what autograd saved of them, stay valid views of it and
+are whole again when the storage is filled again.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sandbox.buckets import Bucket, ScatterSum, reduce_in_backward
+from sandbox.comm import Axis, Pending, all_gather, ring_bytes
+from sandbox.config import Config
+from sandbox.mesh import Mesh
+from sandbox.partition import Partition
+from sandbox.predict import Prediction, state_copies
+from sandbox.program import Program, replace_parameters, shard_rows
+
+__all__ = ["Cut", "gather_on_use", "predict_units"]
+
+Cut = Callable[[Mapping[str, nn.Parameter], int], Partition]
+
+
+@dataclass
+class Unit:
+    """One unit. `kept`: whole from forward to backward even if others are freed in between."""
+
+    name: str
+    modules: list[nn.Module]  # that use it, in forward order
+    params: dict[str, nn.Parameter]
+    kept: bool
+
+
+def cut_units(model: nn.Module) -> list[Unit]:
+    """The units of a transformer, in forward order. With tied weights, embedding, norm and head are one, always kept."""
+    names = dict(model.named_parameters())
+    outer = {key: getattr(model, key) for key in ("embed", "norm", "head") if getattr(model, key, None) is not None}
+    blocks = list(model.get_submodule("blocks").named_children())
+
+    def unit(name: str, modules: list[nn.Module], kept: bool) -> Unit:
+        inside = {id(p) for module in modules for p in module.parameters()}
+        return Unit(name, modules, {n: p for n, p in names.items() if id(p) in inside}, kept)
+
+    units = [unit(f"blocks.{key}", [block], kept=block is blocks[-1][1]) for key, block in blocks]
+    ends = [module for key, module in outer.items() if key != "embed"]
+    embed = [outer["embed"]] if "embed" in outer else []
+    if embed and ends and any(p is q for p in embed[0].parameters() for e in ends for q in e.parameters()):
+        return [unit("root", [*embed, *ends], kept=True), *units]
+    first = [unit("embed", embed, kept=False)] if embed else []
+    last = [unit("head", ends, kept=True)] if ends else []
+    return [*first, *units, *last]
+
+
+class Shard:
+    """A unit's parameters: this rank's part for good, all of them while they are in use."""
+
+    def __init__(self, unit: Unit, cut: Cut, axis: Axis, program: Program, compute: torch.dtype) -> None:
+        self.partition = cut(unit.params, axis.size)
+        self.sizes, self.axis = self.partition.sizes, axis
+        some = program.initial(next(iter(unit.params)))
+        self.part = torch.empty(self.sizes[axis.rank], dtype=some.dtype, device=some.device)
+        self.pieces: dict[str, nn.Parameter] = {}
+        for name, piece in self.partition.pieces(self.part, axis.rank).items():
+            local = program.layout[name].take(program.initial(name))  # one parameter whole at a time
+            start, stop = self.partition.spans[axis.rank][name]
+            piece.copy_(local.reshape(-1)[start:stop].view_as(piece))
+            self.pieces[name] = nn.Parameter(piece)
+        self.whole = torch.empty(sum(self.sizes), dtype=compute, device=some.device)
+        self.bucket = Bucket(dict(unit.params))
+        self.views = self.bucket.views(self.whole)
+        self.bucket.params.update({name: nn.Parameter(view) for name, view in self.views.items()})
+        self._bytes = self.whole.untyped_storage().nbytes()
+        self._pending: Pending | None = None
+        self._landing = self.whole
+        self.is_whole = True
+        self.free()
+
+    def start(self) -> None:
+        """Start to gather, if there is anything to do."""
+        if self.is_whole or self._pending:
+            return
+        self.whole.untyped_storage().resize_(self._bytes)
+        self._landing = torch.empty_like(self.whole) if self.partition.rows else self.whole
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(self.whole):
+            self._landing.split(self.sizes)[self.axis.rank].copy_(self.part)
+        self._pending = all_gather(self._landing, self.sizes, self.axis)
+
+    def use(self) -> None:
+        """Wait until the parameters are whole."""
+        self.start()
+        if self._pending:
+            landed, self._pending = self._pending.wait(), None
+            if self.partition.rows:
+                with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(self.whole):
+                    self.partition.unflatten(landed, self.views)
+            self._landing = self.whole
+            self.is_whole = True
+
+    def free(self) -> None:
+        """Let go of what other ranks hold."""
+        if self.is_whole:
+            self.whole.untyped_storage().resize_(0)
+            self.is_whole = False
+
+
+def gather_on_use(
+    program: Program, mesh: Mesh, cut: Cut, *, reshard_after_forward: bool, each: bool, prefetch: bool
+) -> Program:
+    """Return `program` with parameters, gradients and optimizer state cut over dp_shard x cp by `cut`."""
+    axis = mesh.axis("dp_shard", "cp")
+    compute = program.model.dtype
+    assert isinstance(compute, torch.dtype)
+    units = cut_units(program.model)
+    shards = [Shard(unit, cut, axis, program, compute) for unit in units]
+    replace_parameters(program.model, {name: p for shard in shards for name, p in shard.bucket.params.items()})
+    dtype = shards[0].part.dtype
+    sums = ScatterSum(axis, mesh.axis("dp_replicate"), dtype)
+    wide: dict[str, Tensor] = {}  # gradients of earlier passes, in full precision, if they are to add up locally
+
+    def use(number: int, following: int) -> None:
+        shards[number].use()
+        if prefetch and 0 <= following < len(shards):
+            shards[following].start()
+
+    for number, unit in enumerate(units):
+        kept = unit.kept or not reshard_after_forward
+
+        def before(module: nn.Module, args: Any, number: int = number) -> None:
+            use(number, number + 1)
+
+        def after(module: nn.Module, args: Any, out: Tensor, number: int = number, kept: bool = kept) -> None:
+            if not torch.is_grad_enabled():
+                shards[number].free()
+                return
+            out.register_hook(lambda grad: enter_backward(number))
+            if not (kept or number in busy):
+                shards[number].free()
+
+        for module in unit.modules:
+            module.register_forward_pre_hook(before)
+        unit.modules[-1].register_forward_hook(after)
+
+    busy: set[int] = set()  # units whose backward has begun: a recomputed forward must not free them
+
+    def enter_backward(number: int) -> None:
+        busy.add(number)
+        if units[number].name != "embed":  # its backward needs the tokens, not the weight
+            use(number, number - 1 if number and units[number - 1].name != "embed" else -1)
+
+    def launch(reverse: int, final: bool) -> None:
+        number = len(shards) - 1 - reverse
+        shard = shards[number]
+        params = shard.bucket.params
+        if final or each:
+            flat = shard.partition.flatten({name: _gradient(p, wide.pop(name, None)) for name, p in params.items()})
+        elif compute != dtype:
+            wide.update({name: _gradient(p, wide.get(name)).to(dtype) for name, p in params.items()})
+        if final or each or compute != dtype:
+            for param in params.values():
+                param.grad = None
+        if final or reshard_after_forward:
+            shard.free()
+        busy.discard(number)
+        if final or each:
+            sums.launch(number, flat, shard.sizes, final)
+
+    def finish(final: bool) -> None:
+        if not final:
+            return
+        sums.finish()
+        for number, shard in enumerate(shards):
+            for name, grad in shard.partition.pieces(sums.sums.pop(number), axis.rank).items():
+                shard.pieces[name].grad = grad
+
+    sharded = replace(
+        program,
+        parameters={name: piece for shard in shards for name, piece in shard.pieces.items()},
+        layout={
+            name: shard.partition.layout(name, axis.rank, program.layout[name], axis.names)
+            for shard in shards
+            for name in shard.pieces
+        },
+        shard_batch=shard_rows(program, mesh),
+    )
+    return reduce_in_backward(sharded, [shard.bucket for shard in reversed(shards)], launch, finish, each=True)
+
+
+def _gradient(param: nn.Parameter, earlier: Tensor | None) -> Tensor:
+    grad = torch.zeros_like(param) if param.grad is None else param.grad
+    return grad if earlier is None else earlier + grad
+
+
+def predict_units(
+    model: nn.Module, mesh: Mesh, cut: Cut, config: Config, *, reshard_after_forward: bool, each: bool
+) -> Prediction:
+    """Bytes that this rank sends in one step and holds after it, with units cut by `cut`."""
+    axis, replicate = mesh.axis("dp_shard", "cp"), mesh.axis("dp_replicate")
+    item = next(model.parameters()).element_size()
+    short = 2 if config.train.dtype == "bfloat16" else item  # what is gathered, and what backward yields
+    passes = config.train.microbatches
+    gathered = reduced = replicas = held = 0
+    for unit in cut_units(model):
+        sizes = cut(unit.params, axis.size).sizes
+        part, whole = sizes[axis.rank], sum(sizes)
+        twice = reshard_after_forward and not unit.kept and unit.name != "embed"
+        uses = passes * (1 + twice) if reshard_after_forward else 1
+        gathered += uses * (axis.size - 1) * part * short
+        accumulated = not each and passes > 1
+        reduced += (passes if each else 1) * (whole - part) * (item if accumulated else short)
+        replicas += ring_bytes(part * item, replicate.size)
+        held += part * item
+    traffic = {f"all_gather {axis.name}": gathered, f"reduce_scatter {axis.name}": reduced}
+    if replicate.size > 1:
+        traffic[f"all_reduce {replicate.name}"] = replicas
+    memory = {"parameters": held, "gradients": held, "optimizer": state_copies(config.train) * held}
+    return Prediction(traffic, memory)

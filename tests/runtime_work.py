@@ -1,0 +1,133 @@
+"""What the ranks of test_runtime.py do. As a program: a launcher to interrupt and kill, or a rank under torchrun."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sandbox.errors import ConfigError, SandboxError
+from sandbox.runtime import Member, attach, attached, launch, leave
+
+seen: list[int] = []
+
+
+def ranks_sum(member: Member) -> tuple[int, float]:
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor(float(member.rank))
+    member.board.enter(1, "all_reduce", "world", 4)
+    dist.all_reduce(total)
+    member.board.leave()
+    return member.rank, total.item()
+
+
+def surroundings(member: Member) -> tuple[str | None, str, int, bool]:
+    import torch
+    import torch.distributed as dist
+
+    return os.environ.get("RUNTIME_TEST"), os.getcwd(), torch.get_num_threads(), dist.is_initialized()
+
+
+def calls_in_this_process(member: Member) -> int:
+    seen.append(member.rank)
+    return len(seen)
+
+
+def send_three(member: Member) -> None:
+    for number in range(3):
+        member.send((number, member.rank))
+
+
+def big(member: Member, size: int) -> bytes:
+    return bytes(size)
+
+
+def fail_after_the_others(member: Member) -> None:
+    """Rank 2 breaks its connections first, so that its peers fail before its own error is raised."""
+    import torch.distributed as dist
+
+    if member.rank == 2:
+        dist.barrier()
+        dist.destroy_process_group()
+        time.sleep(0.1)
+        raise ValueError("the cause")
+    dist.barrier()
+    ranks_sum(member)
+
+
+def fail_alike(member: Member) -> None:
+    raise ValueError("the same")
+
+
+def misconfigured(member: Member) -> None:
+    raise ConfigError("mesh.dp.degree: no")
+
+
+def die(member: Member, how: Callable[[], None]) -> None:
+    if member.rank == 1:
+        how()
+    ranks_sum(member)
+
+
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def exit_zero() -> None:
+    os._exit(0)
+
+
+def unpicklable(member: Member) -> Callable[[], None]:
+    return lambda: None
+
+
+def one_stays_away(member: Member) -> None:
+    if member.rank == 1:
+        time.sleep(100)
+    ranks_sum(member)
+
+
+def one_returns_early(member: Member) -> None:
+    if member.rank != 1:
+        ranks_sum(member)
+
+
+def slow_but_talking(member: Member) -> str:
+    for _ in range(6):
+        time.sleep(0.25)
+        member.send("still here")
+    return "done"
+
+
+def stuck(member: Member) -> None:
+    member.send("ready")
+    time.sleep(100)
+
+
+def _announce(rank: int, message: Any) -> None:
+    print(rank, message, flush=True)
+
+
+def _main(name: str) -> int:
+    work = globals()[name]
+    if attached():
+        print(attach(work, timeout=5, on_message=_announce))
+    else:
+        launch(2, work, timeout=60, on_message=_announce)
+    return 0
+
+
+if __name__ == "__main__":
+    import runtime_work  # the ranks cannot import what is defined in __main__
+
+    try:
+        code = runtime_work._main(sys.argv[1])
+    except SandboxError as error:
+        print(error, file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    leave(code)
