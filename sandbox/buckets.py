@@ -44,7 +44,7 @@ class Bucket:
 def cut_buckets(params: Mapping[str, nn.Parameter], megabytes: float) -> list[Bucket]:
     """Cut the parameters, last first, into buckets of at least `megabytes` (MiB), but for the last one."""
     buckets, size = [Bucket()], 0.0
-    for name, param in reversed(params.items()):
+    for name, param in reversed(list(params.items())):
         if size >= megabytes * 2**20:
             buckets.append(Bucket())
             size = 0

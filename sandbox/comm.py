@@ -30,7 +30,7 @@ __all__ = ["Axis", "Board", "Event", "Pending", "Recorder", "all_gather", "all_r
 class Board(Protocol):
     """Where a rank writes which collective it is in, for whoever has to explain a hang."""
 
-    def enter(self, number: int, op: str, axis: str, bytes: int) -> None:
+    def enter(self, number: int, op: str, axis: str, sent: int) -> None:
         """The rank waits in a collective from now on."""
 
     def leave(self) -> None:
@@ -50,7 +50,7 @@ class Event:
 
 @dataclass
 class Recorder:
-    """Counts what this rank sends, by collective and axis. `detailed` keeps every event, with the time it really ended."""
+    """Counts what this rank sends, by collective and axis. `detailed` keeps every event, with the time it ended."""
 
     board: Board | None = None
     detailed: bool = False
@@ -70,7 +70,7 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Axis:
-    """This rank's place along one axis of the mesh, or along several taken as one. `group` is None on paper."""
+    """A rank's place along one axis of the mesh, or along several taken as one. `group` is None on paper."""
 
     names: tuple[str, ...]
     size: int

@@ -179,7 +179,8 @@ class Mesh(Section):
     def _fits(self) -> Self:
         if self.dp.degree % self.dp.replicas:
             raise ValueError(
-                f"mesh.dp.replicas {self.dp.replicas} does not divide mesh.dp.degree {self.dp.degree}. {_near(self.dp.degree)}"
+                f"mesh.dp.replicas {self.dp.replicas} does not divide mesh.dp.degree {self.dp.degree}. "
+                f"{_near(self.dp.degree)}"
             )
         return self
 

@@ -5,8 +5,8 @@ holds only its part of it, [N_dp] of [N] elements. In forward and again in backw
 
     wait for this unit  ->  start to gather the next one  ->  compute this one  ->  free this one
 
-so that bytes travel while the rank computes, and two units at most are whole at once. The last block and the head are
-kept from forward to backward, for they would be gathered again at once; the embedding's weight is not needed in backward.
+so that bytes travel while the rank computes, and two units at most are whole at once. The last block and the head
+are kept from forward to backward, for they would be gathered again at once; backward of the embedding needs no weight.
 A unit's gradients are reduced as soon as they are complete, and its parameters freed with them.
 
 To free is to shrink the storage to nothing: the parameters, and what autograd saved of them, stay valid views of it and
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter as unchanged_version
 
 from sandbox.buckets import Bucket, ScatterSum, reduce_in_backward
 from sandbox.comm import Axis, Pending, all_gather, ring_bytes
@@ -44,7 +45,7 @@ class Unit:
 
 
 def cut_units(model: nn.Module) -> list[Unit]:
-    """The units of a transformer, in forward order. With tied weights, embedding, norm and head are one, always kept."""
+    """The units of a transformer, in forward order. With tied weights, embedding, norm and head are one, and kept."""
     names = dict(model.named_parameters())
     outer = {key: getattr(model, key) for key in ("embed", "norm", "head") if getattr(model, key, None) is not None}
     blocks = list(model.get_submodule("blocks").named_children())
@@ -93,7 +94,7 @@ class Shard:
             return
         self.whole.untyped_storage().resize_(self._bytes)
         self._landing = torch.empty_like(self.whole) if self.partition.rows else self.whole
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(self.whole):
+        with torch.no_grad(), unchanged_version(self.whole):
             self._landing.split(self.sizes)[self.axis.rank].copy_(self.part)
         self._pending = all_gather(self._landing, self.sizes, self.axis)
 
@@ -103,7 +104,7 @@ class Shard:
         if self._pending:
             landed, self._pending = self._pending.wait(), None
             if self.partition.rows:
-                with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(self.whole):
+                with torch.no_grad(), unchanged_version(self.whole):
                     self.partition.unflatten(landed, self.views)
             self._landing = self.whole
             self.is_whole = True

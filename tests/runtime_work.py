@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sandbox.errors import ConfigError, SandboxError
@@ -28,7 +29,7 @@ def surroundings(member: Member) -> tuple[str | None, str, int, bool]:
     import torch
     import torch.distributed as dist
 
-    return os.environ.get("RUNTIME_TEST"), os.getcwd(), torch.get_num_threads(), dist.is_initialized()
+    return os.environ.get("RUNTIME_TEST"), str(Path.cwd()), torch.get_num_threads(), dist.is_initialized()
 
 
 def calls_in_this_process(member: Member) -> int:

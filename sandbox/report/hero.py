@@ -48,22 +48,19 @@ def hero(path: Path, verdicts: Verdicts) -> None:
 def _errors(axes: "Axes", cases: Sequence[Verdict]) -> None:
     """One line a strategy and engine, one dot a case; the tolerance of each case as a tick under its dot."""
     rows = groups(case for case in cases if case.status in ("held", "mismatch"))
-    drawn = [case for group in rows for case in group.cases]
-    error = {case.name: max(_clamp(words.worst(case.gradients)), ZERO) for case in drawn}
-    # Cases of one row beside one another, so that none hides another.
-    height = {
-        case.name: row + 0.5 * ((index + 0.5) / len(group.cases) - 0.5)
+    drawn = [
+        (case, row + 0.5 * ((index + 0.5) / len(group.cases) - 0.5))  # side by side, so that none hides another
         for row, group in enumerate(rows)
         for index, case in enumerate(group.cases)
-    }
-    limits = [case for case in drawn if case.tolerance]
-    x, y = [case.tolerance for case in limits], [height[case.name] for case in limits]
-    axes.scatter(x, y, s=70, color=INK, marker="|", linewidths=1.6, label="tolerance")
+    ]
     for status, color, marker, size in (("held", COLORS["parameters"], "o", 34), ("mismatch", WRONG, "X", 80)):
-        names = [case.name for case in drawn if case.status == status]
-        x, y = [error[name] for name in names], [height[name] for name in names]
-        label = status if names else None
-        axes.scatter(x, y, s=size, color=color, marker=marker, linewidths=0, label=label, zorder=3)
+        dots = [(_place(words.worst(case.gradients)), y) for case, y in drawn if case.status == status]
+        x, y = [x for x, _ in dots], [y for _, y in dots]
+        axes.scatter(x, y, s=size, color=color, marker=marker, linewidths=0, label=status if dots else None, zorder=3)
+    limits = [(case.tolerance, y) for case, y in drawn if case.tolerance]
+    axes.scatter(
+        [x for x, _ in limits], [y for _, y in limits], s=70, color=INK, marker="|", linewidths=1.6, label="tolerance"
+    )
     axes.set_xscale("log")
     axes.set_xlim(ZERO / 3, 3)
     powers = range(-18, 1, 3)
@@ -72,7 +69,7 @@ def _errors(axes: "Axes", cases: Sequence[Verdict]) -> None:
     )
     axes.minorticks_off()
     _dress(axes, [f"{group.strategy} · {group.engine}" for group in rows])
-    count = sum(case.status == "held" for case in drawn)
+    count = sum(case.status == "held" for case, _ in drawn)
     title = f"Gradients against the unsharded run: {count} of {len(drawn)} cases held"
     axes.set_title(title, loc="left", fontsize=15, fontweight="bold", pad=36)
     axes.set_xlabel("largest error of any gradient, relative", color=QUIET)
@@ -122,5 +119,6 @@ def _dress(axes: "Axes", rows: Sequence[str]) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _clamp(error: float) -> float:
-    return 1.0 if math.isnan(error) else min(error, 1.0)
+def _place(error: float) -> float:
+    """Where an error stands on the axis: NaN with the largest, zero left of the smallest."""
+    return 1.0 if math.isnan(error) else min(max(error, ZERO), 1.0)

@@ -14,8 +14,8 @@ step instead of two a microbatch, for the memory of all parameters. In bfloat16 
 bfloat16 and gradients are summed in float32. With replicas (HSDP) parts are summed over dp_replicate once a step:
 2 (r-1)/r P/n bytes more. Memory: (2 + K)/n P, two whole blocks in use, and what backward has under way.
 
-The difference to ZeRO-3 is the cut: a piece is rows of its parameter, a box, so checkpoints and optimizers see a matrix,
-and tensor parallelism can cut the same parameter along the other dimension; the price is a copy after each gather.
+The difference to ZeRO-3 is the cut: a piece is rows of its parameter, a box, so checkpoints and optimizers see a
+matrix, and tensor parallelism can cut the other dimension; the price is a copy after each gather.
 
 Source: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", VLDB 2023, and its FSDP2.
 """
@@ -41,9 +41,7 @@ class Options(Base):
 
     reshard_after_forward: bool = Field(True, description="free parameters between forward and backward")
     prefetch: bool = Field(True, description="gather the next unit while this one computes")
-    sync: Literal["each", "last"] = Field(
-        "each", description="reduce after each microbatch, or after the last one only"
-    )
+    sync: Literal["each", "last"] = Field("each", description="reduce after each microbatch, or after the last only")
 
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:

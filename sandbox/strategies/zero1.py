@@ -14,7 +14,7 @@ Memory: parameters and gradients in full, 1/n of the optimizer's state: (2 + K/n
 
 The parameters of a bucket lie in one flat tensor, so that gathering writes them where they are used: no copies.
 
-Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020, section 5.1.
+Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020, 5.1.
 """
 
 from collections.abc import Iterator
@@ -99,7 +99,7 @@ def shard_optimizer(program: Program, mesh: Mesh, megabytes: float) -> tuple[Pro
 
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
-    """Return `program` with the optimizer's state cut over dp_shard x cp; gradients are summed after the last microbatch."""
+    """Return `program` with the optimizer's state cut over dp_shard x cp."""
     sharded, shards = shard_optimizer(program, mesh, options.bucket_mb)
     sums = ScatterSum(mesh.axis("dp_shard", "cp"), mesh.axis("dp_replicate"), shards[0].flat.dtype)
     full: dict[int, Tensor] = {}  # gradients stay whole in stage 1

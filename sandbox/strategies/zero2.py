@@ -9,10 +9,10 @@
 N: elements of a bucket, all its parameters flattened end to end; `N_dp`: cut over dp; `{U_dp}`: not yet summed.
 
 Bytes sent by a rank in one step: as stage 1 for each of M microbatches' reduce_scatter, (n-1)/n P (M + 1); with
-`sync: last`, gradients add up whole until the last microbatch, (n-1)/n 2 P. Memory: parameters in full, 1/n of gradients
-and optimizer state, (1 + (1 + K)/n) P, and during backward the buckets under way.
+`sync: last`, gradients add up whole until the last microbatch, (n-1)/n 2 P. Memory: parameters in full, 1/n of
+gradients and optimizer state, (1 + (1 + K)/n) P, and during backward the buckets under way.
 
-Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020, section 5.2.
+Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020, 5.2.
 """
 
 from typing import Literal
@@ -35,9 +35,7 @@ class Options(Base):
     """Options of `zero2`."""
 
     bucket_mb: float = Field(25.0, gt=0, description="MiB of gradients that travel together")
-    sync: Literal["each", "last"] = Field(
-        "each", description="reduce after each microbatch, or after the last one only"
-    )
+    sync: Literal["each", "last"] = Field("each", description="reduce after each microbatch, or after the last only")
 
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:

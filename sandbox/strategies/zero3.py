@@ -16,7 +16,7 @@ while they are in use, and what backward has under way. With replicas, 2 (r-1)/r
 
 Ranges fill a unit's flat tensor in rank order, so what is gathered lies where it is used: no copies.
 
-Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020, section 5.3.
+Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020, 5.3.
 """
 
 from typing import Literal
@@ -39,9 +39,7 @@ class Options(Base):
     """Options of `zero3`."""
 
     prefetch: bool = Field(True, description="gather the next unit while this one computes")
-    sync: Literal["each", "last"] = Field(
-        "each", description="reduce after each microbatch, or after the last one only"
-    )
+    sync: Literal["each", "last"] = Field("each", description="reduce after each microbatch, or after the last only")
 
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
