@@ -71,9 +71,7 @@ class Trainer:
         microbatches = local.split_rows(self.config.train.microbatches)
         loss = self.program.forward_backward(self.program, microbatches, max(1, batch.valid))
         for param in self.program.parameters.values():
-            if (
-                param.grad is None
-            ):  # unused in this step: a gradient of zero, so that weight decay does not depend on it
+            if param.grad is None:  # unused in this step: zero, so that its decay depends on no layout
                 param.grad = torch.zeros_like(param)
         return loss
 
@@ -94,8 +92,7 @@ class Trainer:
         total = torch.zeros(2, dtype=torch.float64)
         for batch in self.corpus.held_out_batches(self.config.train.eval_batches, rows=self.config.train.batch):
             local = self.program.shard_batch(batch).to(self.device)
-            total += torch.stack(
-                [loss_sum(self.program.model(local), local.targets).double().cpu(), torch.tensor(local.valid)]
-            )
-        loss, valid = all_reduce(total, self.mesh.axis("dp_replicate", "dp_shard", "cp"), "loss").wait().tolist()
-        return loss / max(1.0, valid)
+            loss = loss_sum(self.program.model(local), local.targets)
+            total += torch.tensor([loss.item(), local.valid], dtype=torch.float64)
+        summed, valid = all_reduce(total, self.mesh.axis("dp_replicate", "dp_shard", "cp"), "loss").wait().tolist()
+        return float(summed / max(1.0, valid))

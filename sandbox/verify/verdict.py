@@ -10,7 +10,7 @@ __all__ = ["Amount", "Difference", "Span", "Verdict", "Verdicts"]
 class Record(BaseModel):
     """Plain data that goes to JSON and back."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
 class Difference(Record):
