@@ -30,7 +30,7 @@ __all__ = ["Axis", "Board", "Event", "Pending", "Recorder", "all_gather", "all_r
 class Board(Protocol):
     """Where a rank writes which collective it is in, for whoever has to explain a hang."""
 
-    def enter(self, number: int, op: str, axis: str, sent: int) -> None:
+    def enter(self, number: int, op: str, axis: str, size: int) -> None:
         """The rank waits in a collective from now on."""
 
     def leave(self) -> None:
@@ -41,6 +41,7 @@ class Board(Protocol):
 class Event:
     """One collective: bytes sent by this rank, seconds on this rank's clock."""
 
+    number: int
     op: str
     axis: str
     bytes: int
@@ -62,7 +63,7 @@ class Recorder:
         """A collective starts."""
         self.number += 1
         self.sent[f"{op} {axis}"] += sent
-        event = Event(op, axis, sent, time.perf_counter())
+        event = Event(self.number, op, axis, sent, time.perf_counter())
         if self.detailed:
             self.events.append(event)
         return event
@@ -99,7 +100,7 @@ class Pending:
         """Block until the result is there. May be called once."""
         recorder, event = self._axis.recorder, self._event
         if recorder.board:
-            recorder.board.enter(recorder.number, event.op, event.axis, event.bytes)
+            recorder.board.enter(event.number, event.op, event.axis, event.bytes)
         for work in self._works:
             work.wait()
         if recorder.board:

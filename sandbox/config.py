@@ -104,7 +104,7 @@ class Data(Section):
 class Train(Section):
     """The optimisation. `batch` counts rows of the whole step, over all ranks and microbatches."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     steps: Count = 100
     batch: Count = 16
     microbatches: Count = Field(1, description="backward passes a step, on each rank (gradient accumulation)")

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "local"]
 
 
 @dataclass(frozen=True)
@@ -72,3 +72,9 @@ class Layout:
     @property
     def _slices(self) -> tuple[slice, ...]:
         return tuple(slice(o, o + s) for o, s in zip(self.offset, self.size, strict=True))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor: the tensor itself, unless it is one of torch's DTensors."""
+    to_local = getattr(tensor, "to_local", None)
+    return to_local() if to_local else tensor

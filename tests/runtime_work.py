@@ -77,6 +77,15 @@ def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def kill_keeper() -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(100)
+
+
+def keeper_dies(member: Member) -> None:
+    die(member, kill_keeper)
+
+
 def exit_zero() -> None:
     os._exit(0)
 
@@ -115,7 +124,8 @@ def _announce(rank: int, message: Any) -> None:
 def _main(name: str) -> int:
     work = globals()[name]
     if attached():
-        print(attach(work, timeout=5, on_message=_announce))
+        # in one piece, for the ranks share a pipe
+        sys.stdout.write(f"{attach(work, timeout=5)}\n")
     else:
         launch(2, work, timeout=60, on_message=_announce)
     return 0
@@ -131,4 +141,4 @@ if __name__ == "__main__":
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
-    leave(code)
+    leave(code) if attached() else sys.exit(code)

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -65,7 +66,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(files: tuple[Path, ...], la
     torch.manual_seed(0)
     assert [digest(there.batch(step, seed=1, rows=4)) for step in reversed(range(20))] == wanted[::-1]
     assert len(set(wanted)) == 20
-    assert digest(here.batch(0, seed=2, rows=4)) not in wanted
+    assert not torch.equal(here.batch(0, seed=2, rows=4).tokens, here.batch(0, seed=1, rows=4).tokens)
 
 
 def test_keys_differ_and_fit_in_63_bits(files: tuple[Path, ...]) -> None:
@@ -192,8 +193,10 @@ def test_ragged_masks_hide_whole_rows_and_others_unevenly(files: tuple[Path, ...
         counts = kept.sum(1)
         assert not counts[:2].any()
         assert len(counts[2:].unique()) > 2
-        shares.append(kept[2:].sum() / (full.targets[2:] != IGNORED).sum())
-    assert torch.stack(shares).mean().item() == pytest.approx(0.55, abs=0.07)
+        of = (full.targets != IGNORED).sum(1)
+        shares += (counts / of)[2:][of[2:] > 10].tolist()
+    assert statistics.mean(shares) == pytest.approx(0.55, abs=0.1)
+    assert statistics.stdev(shares) > 0.2, "at one rate for all rows it would be 0.13"
     for size in (2, 3):
         assert ragged.batch(0, seed=0, rows=size).targets[0].eq(IGNORED).all()
     assert any(ragged.batch(step, seed=0, rows=1).valid for step in range(3)), "the only row is never hidden"
@@ -207,7 +210,7 @@ def test_held_out_batches_are_spread_evenly_and_repeat(files: tuple[Path, ...], 
     assert [len(batch.rows) for batch in batches] == [4, 4, 4]
     assert digest(*batches) == digest(*parts.held_out_batches(3, rows=4))
     assert windows > 12
-    assert len(set(rows(*batches))) == 12
+    assert rows(*batches) == rows(parts.held_out.rows(torch.arange(12) * windows // 12, 16, key=0))
     every = rows(*parts.held_out_batches(windows, rows=1))
     assert every == rows(parts.held_out.rows(torch.arange(windows), 16, key=0))
     assert len(rows(*parts.held_out_batches(windows, rows=3))) == 3 * windows, "a short text repeats"

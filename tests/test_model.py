@@ -16,7 +16,7 @@ import sandbox.model
 from sandbox.batch import IGNORED, Batch
 from sandbox.config import Model
 from sandbox.model import Transformer, attention, build, initial, loss_sum
-from sandbox.model.dropout import kept
+from sandbox.model.dropout import Dropout, kept
 
 pytestmark = pytest.mark.unit
 
@@ -56,6 +56,7 @@ def make(*rows: list[int], key: int = 5) -> Batch:
 
 
 PLAIN, PACKED, PADDED = make([7], [7]), make([3, 4], [7], [1, 1, 5]), make([7], [4], [2, 3])
+CHUNK = make([3, 4]).take_columns(torch.tensor([0, 1, 5, 6]))  # positions 0 to 3, as of one document, but of two
 
 
 def gradients(model: Transformer, batch: Batch) -> dict[str, Tensor]:
@@ -120,7 +121,7 @@ def oracle(p: dict[str, Tensor], config: Model, batch: Batch) -> Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("batch", [PLAIN, PACKED, PADDED], ids=["plain", "packed", "padded"])
+@pytest.mark.parametrize("batch", [PLAIN, PACKED, PADDED, CHUNK], ids=["plain", "packed", "padded", "chunk"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_logits_and_gradients_are_those_of_the_oracle(config: Model, batch: Batch) -> None:
     model = ready(config)
@@ -297,8 +298,14 @@ def test_a_part_of_a_batch_drops_what_the_whole_drops() -> None:
 
 
 def test_dropout_is_in_the_stream_at_each_place_once() -> None:
-    sites = [module.site for module in ready(DROPPED).modules() if hasattr(module, "site")]
-    assert sorted(sites) == list(range(1 + 2 * DROPPED.layers))
+    model = ready(DROPPED)
+    places = [module for module in model.modules() if isinstance(module, Dropout)]
+    assert sorted(place.site for place in places) == list(range(1 + 2 * DROPPED.layers))
+    whole = model(PACKED)
+    for place in places:
+        place.rate = 0.0
+        assert not torch.allclose(model(PACKED), whole), place.site
+        place.rate = DROPPED.dropout
 
 
 def test_dropout_scales_what_it_keeps_and_rests_in_eval_mode() -> None:

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -177,8 +178,7 @@ def test_a_hang_names_the_rank_that_never_arrived_and_where_it_is() -> None:
     first, *ranks = str(caught.value).splitlines()
     assert first.endswith("Rank 1 never arrived: the others wait in #1 all_reduce over world, 4 bytes.")
     assert "finished #0 init_process_group" in ranks[1]
-    assert 'runtime_work.py"' in ranks[1]
-    assert "in one_stays_away" in ranks[1]
+    assert re.search(r"at .*runtime_work\.py:\d+ in one_stays_away$", ranks[1])
     assert "waiting for" in ranks[2]
 
 
@@ -237,7 +237,9 @@ def traced(tmp_path: Path) -> Iterator[Traced]:
 
 @linux
 @parity
-@pytest.mark.parametrize(("name", "code"), [("ranks_sum", 0), ("fail_alike", 1), ("misconfigured", 2)])
+@pytest.mark.parametrize(
+    ("name", "code"), [("ranks_sum", 0), ("fail_alike", 1), ("misconfigured", 2), ("keeper_dies", 1)]
+)
 def test_nothing_is_left_behind(traced: Traced, name: str, code: int) -> None:
     with traced.start(str(PROGRAM), name) as program:
         program.communicate()
@@ -281,7 +283,7 @@ def test_torchruns_summary_shows_the_cause(traced: Traced) -> None:
         _, errors = program.communicate()
     assert program.returncode == 1
     assert "rank 0 failed: ValueError: the same" in errors or "rank 1 failed: ValueError: the same" in errors
-    assert '"message": "ValueError: the same"' in errors or "ValueError: the same" in errors.partition("Root Cause")[2]
+    assert "ValueError: the same" in errors.partition("Root Cause")[2]
     assert not traced.processes()
 
 

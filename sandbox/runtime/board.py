@@ -89,8 +89,8 @@ def stalled(entries: Sequence[Entry], *, returned: Set[int], places: Mapping[int
     """
     lines = [f"no rank made progress for {timeout:g} s. {_verdict(entries, returned)}"]
     for rank, entry in enumerate(entries):
-        place = f"; at {places[rank]}" if rank in places else ""
-        lines.append(f"  rank {rank}: {'returned; ' if rank in returned else ''}{entry}{place}")
+        place = f"returned; {entry}" if rank in returned else f"{entry}; at {places.get(rank, '?')}"
+        lines.append(f"  rank {rank}: {place}")
     return "\n".join(lines)
 
 

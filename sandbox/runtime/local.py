@@ -3,6 +3,8 @@
 import atexit
 import os
 import pickle
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,6 +31,7 @@ __all__ = ["launch", "warm"]
 T = TypeVar("T")
 
 _GRACE = 0.3  # s after the first failure in which others are heard: the cause may be the second
+_FRAME = re.compile(r'File "(.+)", line (\d+) in (\S+)')  # as faulthandler writes it
 _lock = threading.Lock()
 _server: "_Server | None" = None
 
@@ -86,7 +89,8 @@ class _Server:
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 process_group=0,  # out of reach of the terminal's Ctrl-C
-                env={**os.environ, "OMP_NUM_THREADS": "1"},  # a pool of threads would not survive a fork
+                # Neither a pool of threads nor CUDA's driver, which torch else wakes to look for GPUs, survives a fork.
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
             )
 
 
@@ -105,9 +109,28 @@ class _Ranks:
     """A running world, seen from its launcher."""
 
     keeper: "Connection[Any, Any]"
-    lines: "list[Connection[Any, Any]]"
+    lines: "dict[Connection[Any, Any], int]"
+    """Connections of the ranks that have not died."""
     boards: list[Board]
     started: Started
+
+    def hear(self, patience: float) -> Iterator[tuple[str, int, Any]]:
+        """What is said within `patience` s: (`message`, `result` or `failure`; rank; value)."""
+        ready = wait([*self.lines, self.keeper], patience)
+        for line, rank in list(self.lines.items()):
+            if line in ready:
+                try:
+                    kind, value = pickle.loads(line.recv_bytes())
+                except (EOFError, ConnectionError):
+                    del self.lines[line]  # the keeper will say how it died
+                else:
+                    yield kind, rank, value
+        if self.keeper in ready:
+            try:
+                rank, code = self.keeper.recv()
+            except (EOFError, ConnectionError):
+                raise WorkerError("the ranks died with their keeper: the process above them was killed.") from None
+            yield "failure", rank, Failure.exit(rank, code)
 
     def places(self) -> dict[int, str]:
         """Ask the ranks where in the work they are: rank -> innermost line that is not torch's."""
@@ -116,12 +139,11 @@ class _Ranks:
                 os.kill(pid, signal.SIGUSR1)
         time.sleep(0.2)
         places = {}
-        for rank in range(len(self.lines)):
-            frames = [line.strip() for line in stack_file(self.started.folder, rank).read_text().splitlines()[1:]]
-            if own := [
-                frame for frame in frames if "site-packages/torch/" not in frame and "/runtime/server.py" not in frame
-            ]:
-                places[rank] = own[0].removeprefix("File ")
+        for rank in range(len(self.boards)):
+            with suppress(FileNotFoundError):  # it did not come so far
+                stack = stack_file(self.started.folder, rank).read_text()
+                if own := [frame for frame in _FRAME.findall(stack) if "site-packages/torch/" not in frame[0]]:
+                    places[rank] = "{}:{} in {}".format(*own[0])
         return places
 
 
@@ -145,12 +167,14 @@ def _world(request: Request) -> Iterator[_Ranks]:
         except (EOFError, ConnectionError):
             raise WorkerError("the ranks could not be started: the process that forks them ended.") from None
         try:
-            yield _Ranks(keeper, [near for near, _ in rest], [Board(memory, r) for r in range(request.world)], started)
+            lines = {near: rank for rank, (near, _) in enumerate(rest)}
+            yield _Ranks(keeper, lines, [Board(memory, rank) for rank in lines.values()], started)
         finally:
             with suppress(EOFError, ConnectionError):
                 keeper.send("end")
                 while True:
-                    keeper.recv()  # until the keeper has reaped the ranks and removed their folder
+                    keeper.recv()  # until it has reaped the ranks and removed their folder
+            shutil.rmtree(started.folder, ignore_errors=True)  # if it was killed instead
 
 
 def _fork(files: Sequence[int]) -> None:
@@ -168,40 +192,28 @@ def _fork(files: Sequence[int]) -> None:
 
 def _collect(ranks: _Ranks, timeout: float, on_message: Callable[[int, Any], None]) -> list[Any]:
     """Results by rank, or the error."""
+    world = len(ranks.boards)
     results: dict[int, Any] = {}
     failures: dict[int, Failure] = {}
-    sources = {line: rank for rank, line in enumerate(ranks.lines)}
     heard = time.monotonic()
-    while len(results) + len(failures) < len(ranks.lines):
-        moved = max(heard, *(board.read().moved for board in ranks.boards))
-        patience = (
-            min(f.moment for f in failures.values()) + _GRACE if failures else moved + timeout
-        ) - time.monotonic()
-        if patience <= 0:
+    while len(results) + len(failures) < world:
+        if failures:
+            end = min(failure.moment for failure in failures.values()) + _GRACE
+        else:
+            end = max(heard, *(board.read().moved for board in ranks.boards)) + timeout
+        if (patience := end - time.monotonic()) <= 0:
             break
-        ready = wait([*sources, ranks.keeper], patience)
-        if ready:
+        for kind, rank, value in ranks.hear(patience):
             heard = time.monotonic()
-        for line in (line for line in sources.copy() if line in ready):
-            rank = sources[line]
-            try:
-                kind, value = pickle.loads(line.recv_bytes())
-            except (EOFError, ConnectionError):
-                del sources[line]  # dead: the keeper will say how
-                continue
             if kind == "message":
                 on_message(rank, value)
             elif kind == "result":
                 results[rank] = value
-            else:
-                failures[rank] = value
-        if ranks.keeper in ready:
-            rank, code = ranks.keeper.recv()
-            if rank not in results and rank not in failures:
-                failures[rank] = Failure.exit(rank, code)
+            elif rank not in results:
+                failures.setdefault(rank, value)
     if failures:
         raise verdict(failures.values())
-    if len(results) < len(ranks.lines):
+    if len(results) < world:
         entries = [board.read() for board in ranks.boards]
         raise WorkerError(stalled(entries, returned=results.keys(), places=ranks.places(), timeout=timeout))
-    return [results[rank] for rank in range(len(ranks.lines))]
+    return [results[rank] for rank in range(world)]

@@ -154,10 +154,13 @@ def _fork_ranks(request: Request, files: Sequence[int], folder: Path) -> dict[in
     keeper, alive = os.getpid(), {}
     for rank, line in enumerate(lines):
         if (pid := os.fork()) == 0:
-            for file in {*files} - {line}:
-                os.close(file)
-            _end_with(keeper)
-            _run(request, rank, Connection(line), Board(memory, rank), folder)
+            try:
+                for file in {*files} - {line}:
+                    os.close(file)
+                _end_with(keeper)
+                _run(request, rank, Connection(line), Board(memory, rank), folder)
+            finally:  # only if the launcher is gone, so that there is nobody to tell
+                os._exit(1)
         alive[pid] = rank
     for file in files[1:]:
         os.close(file)

@@ -1,0 +1,5 @@
+"""`python -m sandbox`, as torchrun starts it."""
+
+from sandbox.cli import main
+
+main()

@@ -1,0 +1,98 @@
+"""What one rank did in three steps, taken down for comparison. Runs inside the rank; imports nothing of the verdict."""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sandbox.batch import Batch
+from sandbox.comm import Recorder
+from sandbox.config import Config
+from sandbox.data import Corpus
+from sandbox.layout import Layout, local
+from sandbox.measure import Peak, Timeline, Traffic, held
+from sandbox.mesh import Mesh
+from sandbox.runtime import Member
+from sandbox.trainer import Trainer
+from sandbox.verify.verdict import Span
+
+__all__ = ["METRICS", "Capture", "Piece", "Pieces", "capture"]
+
+METRICS = frozenset({"loss", "norm"})
+"""Collectives of a few bytes that report rather than train; strategies do not predict them."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A local tensor and its place."""
+
+    layout: Layout
+    local: Tensor
+
+
+Pieces = dict[str, Piece]
+
+
+@dataclass
+class Capture:
+    """One rank's part of a run, step by step. Tensors are local and on the CPU; nothing was gathered."""
+
+    losses: list[float] = field(default_factory=list)  # this rank's share
+    norms: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    gradients: list[Pieces] = field(default_factory=list)  # before clipping
+    parameters: list[Pieces] = field(default_factory=list)  # first values, then after each step
+    tokens: list[list[tuple[int, int]]] = field(default_factory=list)  # (row, checksum) of the rows seen
+    traffic: dict[str, int] = field(default_factory=dict)  # of the last step
+    memory: dict[str, int] = field(default_factory=dict)  # after the last step
+    peak: int = 0
+    spans: list[Span] = field(default_factory=list)
+
+
+def capture(
+    member: Member, config: Config, prepare: Callable[[Trainer], Any] | None = None, trace: bool = False
+) -> Capture:
+    """Train for `train.steps` steps and take everything down. `prepare` may tamper with the trainer first.
+
+    `trace` adds the timeline of the last step; without it peak memory is measured there instead.
+    """
+    recorder = Recorder(board=member.board if member.world > 1 else None, detailed=trace)
+    device = torch.device(member.device)
+    mesh = Mesh(config.mesh.degrees, member.rank, device.type, recorder)
+    trainer = Trainer(config, mesh, device, Corpus.load(config.data, config.model.vocab))
+    if prepare:
+        prepare(trainer)
+    taken = Capture(parameters=[_pieces(trainer)])
+    for step in range(config.train.steps):
+        last = step == config.train.steps - 1
+        recorder.sent.clear()
+        batch = trainer.batch()
+        taken.tokens.append(_digest(trainer.program.shard_batch(batch)))
+        with Traffic(mesh), Peak(trainer.program, trainer.optimizer) as peak:
+            taken.losses.append(trainer.compute_gradients(batch).item())
+            taken.gradients.append(_pieces(trainer, gradients=True))
+            taken.norms.append(trainer.update().item())
+        taken.rates.append(trainer.optimizer.param_groups[0]["lr"])
+        taken.parameters.append(_pieces(trainer))
+        if last:
+            taken.traffic = {key: sent for key, sent in recorder.sent.items() if sent and key.split()[0] not in METRICS}
+            taken.memory = held(trainer.program, trainer.optimizer)
+            taken.peak = peak.bytes
+    return taken
+
+
+def _pieces(trainer: Trainer, *, gradients: bool = False) -> Pieces:
+    pieces = {}
+    for name, param in trainer.program.parameters.items():
+        tensor = param.grad if gradients else param
+        assert tensor is not None
+        pieces[name] = Piece(trainer.program.layout[name], local(tensor.detach()).clone().cpu())
+    return pieces
+
+
+def _digest(batch: Batch) -> list[tuple[int, int]]:
+    grid = torch.stack([batch.tokens, batch.targets, batch.positions], dim=1).cpu().numpy()
+    return [(int(row), zlib.crc32(values.tobytes())) for row, values in zip(batch.rows, grid, strict=True)]

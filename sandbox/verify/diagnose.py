@@ -1,0 +1,179 @@
+"""From the pattern of differences to the kind of bug, in words.
+
+What is looked at first is what happens first: initial values, data, gradients of the first step, their norm, the
+parameters after it, later steps. Within the gradients, one ratio everywhere with cosine 1 is a wrong scale, one ratio
+on a class of parameters a reduction that this class missed or got twice, ranks that disagree a reduction that did not
+happen, and a cosine below 1 wrong weights or wrong data.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from sandbox.config import Config
+from sandbox.verify.verdict import Difference
+
+__all__ = ["Findings", "diagnose"]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that was compared. Lists go by step; differences come worst first."""
+
+    config: Config
+    tolerance: float
+    losses: Sequence[float]  # relative errors
+    norms: Sequence[float]  # ratios to the reference's
+    rates: Sequence[float]  # ratios of learning rates
+    gradients: Sequence[Sequence[Difference]]
+    parameters: Sequence[Sequence[Difference]]  # one more: the first values
+    rows: str  # what is wrong with the rows that ranks saw; empty if nothing
+    weights: str  # which wrong weighting explains the ranks' losses; empty if none
+    amounts: str  # which bytes are not as predicted; empty if none
+
+    def wrong(self, found: Sequence[Difference]) -> list[Difference]:
+        """Those beyond the tolerance."""
+        return [d for d in found if not max(d.error, d.drift) <= self.tolerance]
+
+
+def diagnose(found: Findings) -> str:
+    """Name the kind of cause, then what was seen: `scale: every gradient is 2.0000 times ... (mesh.dp.degree)`."""
+    checks: list[Callable[[Findings], str]] = [
+        _coverage, _start, lambda f: f.rows and f"data: {f.rows}", _gradients, _norm, _step, _later,
+    ]  # fmt: skip
+    return next((cause for check in checks if (cause := check(found))), "") or found.amounts
+
+
+def _coverage(found: Findings) -> str:
+    lost = [d.tensor for step in (*found.gradients, *found.parameters) for d in step if math.isinf(d.error)]
+    return f"partition: no rank holds all of {_names(lost)}, or some of it is not a number." if lost else ""
+
+
+def _start(found: Findings) -> str:
+    wrong = found.wrong(found.parameters[0])
+    if not wrong:
+        return ""
+    who = "ranks start from different values" if any(d.drift > found.tolerance for d in wrong) else "first values differ"
+    return f"initialisation: {who} of {_names(d.tensor for d in wrong)}."
+
+
+def _gradients(found: Findings) -> str:
+    all_, wrong = found.gradients[0], found.wrong(found.gradients[0])
+    if not wrong:
+        return ""
+    drifting = [d for d in wrong if d.drift > found.tolerance]
+    if drifting:
+        return (
+            f"reduction: ranks that should hold the same gradient of {_names(d.tensor for d in drifting)} disagree: "
+            "it was not summed over them, or not all of it."
+        )
+    if all(0 < d.error < 2**-6 and abs(d.ratio - 1) < 2**-8 for d in wrong) and len(wrong) > len(all_) / 2:
+        return (
+            f"precision: {len(wrong)} of {len(all_)} gradients are off by about {wrong[0].error:.0e}, without direction: "
+            "they were rounded to a narrower type on the way."
+        )
+    straight = all(d.cos > 1 - 1e-9 for d in wrong)
+    ratio = wrong[0].ratio
+    if straight and all(abs(d.ratio - ratio) <= 1e-6 * abs(ratio) for d in wrong):
+        which = "every gradient is" if len(wrong) == len(all_) else f"the gradients of {_class(wrong, all_)} are"
+        kind = "scale" if len(wrong) == len(all_) else "reduction"
+        return f"{kind}: {which} {ratio:.4f} times the reference{_factor(ratio, found.config)}."
+    if len(wrong) < len(all_):
+        return (
+            f"reduction: only {_class(wrong, all_)} differ ({len(wrong)} of {len(all_)}); worst ratio {ratio:.4f}, "
+            f"cos {wrong[0].cos:.4f}: they miss the share of some ranks or microbatches, or hold another's."
+        )
+    if found.losses[0] > found.tolerance and found.weights:
+        return f"weighting: {found.weights}: every gradient differs (worst cos {wrong[-1].cos:.4f})."
+    if found.losses[0] <= found.tolerance:
+        return (
+            f"weighting: the loss is right, but no gradient points where it should (worst cos {wrong[0].cos:.4f}): "
+            "rows are weighted by where they lie (a mean of means), or some ranks' or microbatches' share is lost."
+        )
+    return (
+        f"forward: the loss itself differs by {found.losses[0]:.1e} and all gradients with it: "
+        "other dropout masks, positions, visibility or weights of rows."
+    )
+
+
+def _norm(found: Findings) -> str:
+    ratio = found.norms[0]
+    if abs(ratio - 1) <= found.tolerance:
+        return ""
+    return (
+        f"norm: all gradients are right, but their global norm is {ratio:.4f} times the reference's"
+        f"{_factor(ratio, found.config)}: some elements were counted more or less than once. Clipping follows it."
+    )
+
+
+def _step(found: Findings) -> str:
+    if abs(found.rates[0] - 1) > 1e-12:
+        return f"learning rate: it is {found.rates[0]:.4f} times the reference's at the first step."
+    wrong, all_ = found.wrong(found.parameters[1]), found.parameters[1]
+    if not wrong:
+        return ""
+    if any(d.drift > found.tolerance for d in wrong):
+        return (
+            f"optimizer: gradients agree, but after the step ranks hold different values of "
+            f"{_names(d.tensor for d in wrong)}: a part was not gathered, or was clipped or stepped alone."
+        )
+    return (
+        f"optimizer: gradients and their norm agree, but {_class(wrong, all_)} ({len(wrong)} of {len(all_)}) step elsewhere: "
+        "weight decay, clipping factor, or a part updated with another's gradient."
+    )
+
+
+def _later(found: Findings) -> str:
+    for step in range(1, len(found.gradients)):
+        if abs(found.rates[step] - 1) > 1e-12:
+            return f"learning rate: it is {found.rates[step]:.4f} times the reference's at step {step + 1}."
+        for what, differences in (("gradients", found.gradients[step]), ("parameters", found.parameters[step + 1])):
+            wrong = found.wrong(differences)
+            if wrong:
+                return (
+                    f"state: all is right up to step {step}, then the {what} of {_class(wrong, differences)} differ "
+                    f"(ratio {wrong[0].ratio:.4f}, cos {wrong[0].cos:.4f}): something of an earlier step was kept, "
+                    "or dropped: gradients not zeroed, a stale copy of weights, or momentum."
+                )
+        if not abs(found.norms[step] - 1) <= found.tolerance:
+            return f"norm: from step {step + 1} on it is {found.norms[step]:.4f} times the reference's."
+    return ""
+
+
+def _factor(ratio: float, config: Config) -> str:
+    """The setting that a ratio reminds of, if any."""
+    dp, replicas = config.mesh.dp.degree, config.mesh.dp.replicas
+    settings: Mapping[str, float] = {
+        "mesh.dp.degree": dp,
+        "mesh.dp.replicas": replicas,
+        "mesh.dp.degree / replicas": dp / replicas,
+        "train.microbatches": config.train.microbatches,
+        "the number of ranks": config.mesh.world,
+    }
+    for power, words in ((1, "{}"), (-1, "1 / ({})"), (0.5, "the root of {}"), (-0.5, "1 / the root of {}")):
+        for name, value in settings.items():
+            if value > 1 and abs(ratio - value**power) < 1e-4 * ratio:
+                return f" ({words.format(f'{name} = {value:g}')}: a sum for a mean, or a mean for a sum)"
+    return ""
+
+
+def _class(some: Sequence[Difference], all_: Sequence[Difference]) -> str:
+    """What the names have in common."""
+    names, every = {d.tensor for d in some}, {d.tensor for d in all_}
+    classes: dict[str, Callable[[str], bool]] = {
+        "all biases": lambda n: n.endswith("bias"),
+        "all norms": lambda n: "norm" in n,
+        "all biases and norms": lambda n: n.endswith("bias") or "norm" in n,
+        "all matrices": lambda n: n.endswith("weight") and "norm" not in n,
+        "the embedding": lambda n: n.startswith("embed"),
+        "the embedding and the head": lambda n: n.startswith(("embed", "head")),
+    }
+    for block in dict.fromkeys(n.split(".")[1] for n in every if n.startswith("blocks.")):
+        classes[f"block {block}"] = lambda n, block=block: n.startswith(f"blocks.{block}.")  # type: ignore[misc]
+    return next((text for text, test in classes.items() if names == {n for n in every if test(n)}), _names(names))
+
+
+def _names(names: object) -> str:
+    unique = sorted(dict.fromkeys(names))  # type: ignore[call-overload]
+    more = f" and {len(unique) - 2} more" if len(unique) > 2 else ""
+    return ", ".join(unique[:2]) + more

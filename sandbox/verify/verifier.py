@@ -1,0 +1,297 @@
+"""Reference against sharded run: the judgement.
+
+The reference is the same code with an empty plan, in one process. It is run a second time with its sums taken in
+another order, and, below float64, a third time from parameters moved by one unit in the last place. How far these
+drift apart is the noise of the training itself:
+
+    floor       a gradient that is zero in exact arithmetic (a key's bias, without rotary positions) is noise. A tensor
+                whose noise exceeds 256 eps of its size is measured against noise / (256 eps) instead of its size.
+    tolerance   float64: 1e-12. Below: 4 times the largest noise of any tensor.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sandbox.config import Config
+from sandbox.errors import SandboxError, UnsupportedError
+from sandbox.model import build, loss_sum
+from sandbox.plan import plan, predict
+from sandbox.runtime import Member, launch
+from sandbox.trainer import Trainer
+from sandbox.verify.capture import Capture, capture
+from sandbox.verify.compare import Whole, assemble, differences, spread
+from sandbox.verify.diagnose import Findings, diagnose
+from sandbox.verify.verdict import Amount, Difference, Verdict
+
+__all__ = ["Case", "Verifier", "fixture"]
+
+RowLoss = tuple[float, int]  # sum of losses, valid targets
+
+FLOOR = 256  # eps of a tensor's size, beyond which its noise makes it a zero
+MARGIN = 4  # tolerances below float64, in units of the noise
+EXACT = 1e-12  # tolerance in float64
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config to verify. `prepare` tampers with each rank's trainer before it starts (a function that pickles)."""
+
+    config: Config
+    prepare: Callable[[Trainer], Any] | None = None
+    trace: bool = False
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The unsharded run, by step, and what its noise says of floors and tolerance."""
+
+    run: Capture
+    gradients: list[dict[str, Tensor]]
+    parameters: list[dict[str, Tensor]]
+    floors: list[dict[str, float]]  # of the gradients
+    tolerance: float
+    rows: list[RowLoss]  # of the first step
+
+
+def fixture(config: Config, dtype: str | None = "float64") -> Config:
+    """The training that shows what `config` computes: its model, mesh and batch, with nothing left that hides a bug.
+
+    Three steps of SGD with momentum, for Adam hides a wrong scale; a learning rate that changes; ragged masks with
+    whole rows hidden; biases and norms away from 0 and 1. `dtype` None keeps the config's own.
+    """
+    train = {
+        "steps": 3, "optimizer": "sgd_momentum", "lr": 0.05, "weight_decay": 0.1, "schedule": "linear", "warmup": 0,
+        "dtype": dtype or config.train.dtype,
+    }  # fmt: skip
+    return config.model_copy(
+        update={
+            "train": config.train.model_copy(update=train),
+            "data": config.data.model_copy(update={"mask": "ragged"}),
+            "model": config.model.model_copy(update={"init": "rough"}),
+        }
+    )
+
+
+class Verifier:
+    """Verifies cases, one after the other. A reference is run once for all cases that share its training."""
+
+    def __init__(self) -> None:
+        self._references: dict[str, Reference] = {}
+
+    def verify(self, case: Case) -> Verdict:
+        """Hold one case against its reference. Never raises for what the case itself does wrong."""
+        config, started = case.config, time.perf_counter()
+        verdict = Verdict(
+            name=config.name,
+            engine=config.engine,
+            strategy=config.mesh.dp.strategy,
+            mesh=str(config.mesh),
+            dtype=config.train.dtype,
+            world=config.mesh.world,
+            status="held",
+        )
+        try:
+            plan(config)
+            reference = self.reference(config)
+            started = time.perf_counter()
+            ranks = launch(
+                config.mesh.world, capture, config, case.prepare, case.trace, timeout=config.run.timeout
+            )
+            self._judge(verdict, config, reference, ranks)
+        except UnsupportedError as error:
+            verdict.status, verdict.cause = "unsupported", str(error)
+        except SandboxError as error:
+            verdict.status, verdict.cause = "failed", str(error)
+        verdict.seconds = time.perf_counter() - started
+        return verdict
+
+    def reference(self, config: Config) -> Reference:
+        """The unsharded run of a training, from memory if it was run before."""
+        key = config.reference().model_copy(update={"name": "", "run": type(config.run)()}).model_dump_json()
+        if key not in self._references:
+            runs, rows = launch(1, _reference_runs, config.reference(), timeout=config.run.timeout)[0]
+            self._references[key] = _reference(runs, rows, config.train.dtype)
+        return self._references[key]
+
+    def _judge(self, verdict: Verdict, config: Config, reference: Reference, ranks: list[Capture]) -> None:
+        steps = range(config.train.steps)
+        losses = [sum(rank.losses[step] for rank in ranks) for step in steps]
+        expected = reference.run.losses
+        found = Findings(
+            config=config,
+            tolerance=reference.tolerance,
+            losses=[abs(a - b) / max(abs(b), 1e-300) for a, b in zip(losses, expected, strict=True)],
+            norms=[_furthest([r.norms[s] / reference.run.norms[s] for r in ranks]) for s in steps],
+            rates=[_furthest([r.rates[s] / reference.run.rates[s] for r in ranks]) for s in steps],
+            gradients=[
+                differences(assemble([r.gradients[s] for r in ranks]), reference.gradients[s], reference.floors[s])
+                for s in steps
+            ],
+            parameters=[
+                differences(assemble([r.parameters[s] for r in ranks]), reference.parameters[s], {})
+                for s in range(config.train.steps + 1)
+            ],
+            rows=_rows(ranks, reference.run),
+            weights=_weights(ranks, reference.rows, config),
+            amounts="",
+        )
+        predictions = predict(config, build(config.model, config.train.dtype))
+        verdict.traffic = _amounts([p.traffic for p in predictions], [r.traffic for r in ranks])
+        verdict.memory = _amounts([p.memory for p in predictions], [r.memory for r in ranks])
+        found = replace(found, amounts=_unexpected(verdict.traffic, "sent") or _unexpected(verdict.memory, "held"))
+        verdict.tolerance = found.tolerance
+        verdict.losses, verdict.reference_losses = losses, expected
+        verdict.loss, verdict.norm = max(found.losses), max(abs(ratio - 1) for ratio in found.norms)
+        verdict.gradients = _worst(found.gradients)
+        verdict.parameters = list(found.parameters[-1])
+        verdict.peak = [rank.peak for rank in ranks]
+        verdict.timeline = [rank.spans for rank in ranks]
+        good = (
+            max(verdict.loss, verdict.norm) <= found.tolerance
+            and not any(found.wrong(step) for step in (*found.gradients, *found.parameters))
+            and not found.rows
+            and not found.amounts
+        )
+        if not good:
+            verdict.status, verdict.cause = "mismatch", diagnose(found)
+
+
+def _reference_runs(member: Member, config: Config) -> tuple[list[Capture], list[RowLoss]]:
+    """The training, its sums in another order, and below float64 from neighbouring parameters; and each row's loss."""
+    losses: list[RowLoss] = []
+    rows = config.train.model_copy(update={"microbatches": config.train.batch})
+    runs = [
+        capture(member, config, lambda trainer: losses.extend(_row_losses(trainer))),
+        capture(member, config.model_copy(update={"train": rows})),
+    ]
+    if config.train.dtype != "float64":
+        runs.append(capture(member, config, nudge))
+    return runs, losses
+
+
+@torch.no_grad()
+def _row_losses(trainer: Trainer) -> list[RowLoss]:
+    """Each row's loss in the first step."""
+    batch = trainer.batch()
+    rows = [(row, trainer.program.model.train()(row)) for row in batch.split_rows(len(batch.rows))]
+    return [(loss_sum(logits, row.targets).item(), row.valid) for row, logits in rows]
+
+
+@torch.no_grad()
+def nudge(trainer: Trainer) -> None:
+    """Move every parameter by one unit in the last place, up or down in turn."""
+    for param in trainer.program.parameters.values():
+        signs = torch.ones(param.numel(), dtype=param.dtype)
+        signs[::2] = -1
+        param.mul_(1 + torch.finfo(param.dtype).eps * signs.view_as(param))
+
+
+def _reference(runs: Sequence[Capture], rows: list[RowLoss], dtype: str) -> Reference:
+    grads, params = ([_wholes(run, kind) for run in runs] for kind in ("gradients", "parameters"))
+    eps = torch.finfo(getattr(torch, dtype)).eps
+    floors, amplified = [], 0.0
+    for step, (first, *others) in enumerate(zip(*grads, strict=True)):
+        noise = functools.reduce(_larger, [spread(first, other) for other in others])
+        floors.append({name: value / (FLOOR * eps) for name, value in noise.items()})
+        sizes = {name: max(value.abs().max().item(), floors[step][name]) or 1.0 for name, value in first.items()}
+        amplified = max(amplified, *(noise[name] / sizes[name] for name in first))
+    tolerance = EXACT if dtype == "float64" else MARGIN * amplified
+    return Reference(runs[0], grads[0], params[0], floors, tolerance, rows)
+
+
+def _wholes(run: Capture, kind: str) -> list[dict[str, Tensor]]:
+    return [{name: whole.value for name, whole in assemble([step]).items()} for step in getattr(run, kind)]
+
+
+def _larger(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    return {name: max(value, other[name]) for name, value in one.items()}
+
+
+def _furthest(ratios: Sequence[float]) -> float:
+    return max(ratios, key=lambda ratio: abs(ratio - 1) if ratio == ratio else float("inf"))
+
+
+def _worst(steps: Sequence[Sequence[Difference]]) -> list[Difference]:
+    """Each tensor once, as it was in the step where it was worst."""
+    worst: dict[str, Difference] = {}
+    for difference in (d for step in steps for d in step):
+        known = worst.setdefault(difference.tensor, difference)
+        if max(difference.error, difference.drift) > max(known.error, known.drift):
+            worst[difference.tensor] = difference
+    return sorted(worst.values(), key=lambda d: -max(d.error, d.drift))
+
+
+def _rows(ranks: Sequence[Capture], reference: Capture) -> str:
+    """What is wrong with the rows that the ranks saw, in words: each should be seen by one rank, with its tokens."""
+    for step, expected in enumerate(reference.tokens):
+        seen = [entry for rank in ranks for entry in rank.tokens[step]]
+        rows = [row for row, _ in seen]
+        wanted = [row for row, _ in expected]
+        if sorted(rows) != sorted(wanted):
+            twice = sorted({row for row in rows if rows.count(row) > 1})
+            never = sorted(set(wanted) - set(rows))
+            parts = [f"rows {_list(twice)} were seen more than once"] if twice else []
+            parts += [f"rows {_list(never)} were never seen"] if never else []
+            return f"in step {step + 1}, {' and '.join(parts) or 'other rows were seen'}."
+        if sorted(seen) != sorted(expected):
+            other = sorted({row for row, _ in set(seen) - set(expected)})
+            return f"in step {step + 1}, rows {_list(other)} hold other tokens than the reference's."
+    return ""
+
+
+def _weights(ranks: Sequence[Capture], rows: Sequence[RowLoss], config: Config) -> str:
+    """Which wrong weighting of rows, if any, explains each rank's share of the first step's loss."""
+    parts = [
+        [[rows[row] for row in part] for part in _split([row for row, _ in rank.tokens[0]], config.train.microbatches)]
+        for rank in ranks
+    ]
+    seen, valid = len(ranks), max(1, sum(count for _, count in rows))
+
+    def mean(part: Sequence[RowLoss]) -> float:
+        return sum(loss for loss, _ in part) / max(1, sum(count for _, count in part))
+
+    wrong: dict[str, list[float]] = {
+        "each microbatch's loss is its own mean, and the mean of those is taken": [
+            sum(mean(part) for part in mine) / len(mine) / seen for mine in parts
+        ],
+        "each rank's loss is its own mean, and the mean of those is taken": [
+            mean([row for part in mine for row in part]) / seen for mine in parts
+        ],
+        "the last microbatch is missing": [
+            sum(loss for part in mine[:-1] for loss, _ in part) / valid for mine in parts
+        ],
+    }
+    for text, shares in wrong.items():
+        if all(abs(rank.losses[0] - share) <= 1e-4 * abs(share) for rank, share in zip(ranks, shares, strict=True)):
+            return text
+    return ""
+
+
+def _split(rows: Sequence[int], parts: int) -> list[list[int]]:
+    return [part.tolist() for part in torch.tensor(rows).tensor_split(parts)]
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:4])) + (", ..." if len(numbers) > 4 else "")
+
+
+def _amounts(predicted: Sequence[Mapping[str, int]], measured: Sequence[Mapping[str, int]]) -> dict[str, Amount]:
+    keys = dict.fromkeys(key for ranks in (predicted, measured) for rank in ranks for key in rank)
+    return {
+        key: Amount(predicted=[r.get(key, 0) for r in predicted], measured=[r.get(key, 0) for r in measured])
+        for key in keys
+    }
+
+
+def _unexpected(amounts: Mapping[str, Amount], verb: str) -> str:
+    for key, amount in amounts.items():
+        for rank, (predicted, measured) in enumerate(zip(amount.predicted, amount.measured, strict=True)):
+            if predicted != measured:
+                return f"bytes: rank {rank} {verb} {measured:,} bytes ({key}) where the formula says {predicted:,}."
+    return ""
