@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sandbox.config import Config
@@ -40,7 +41,7 @@ def save(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     _barrier()
-    dcp.save(_state(trainer), checkpoint_id=partial, no_dist=trainer.mesh.world == 1)
+    state_dict_saver.save(_state(trainer), checkpoint_id=partial, no_dist=trainer.mesh.world == 1)
     if first:
         facts = {"step": trainer.step, "layout": _layout(trainer.config)}
         (partial / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
@@ -67,7 +68,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     """
     try:
         facts = json.loads((checkpoint / FACTS).read_text(encoding="utf-8"))
-        metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint}: is not a complete checkpoint ({error}).") from None
     here = _layout(trainer.config)
@@ -83,7 +84,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
         for key, entry in metadata.items()
         if key.startswith(mine) and isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=trainer.mesh.world == 1)
+    state_dict_loader.load(state, checkpoint_id=checkpoint, no_dist=trainer.mesh.world == 1)
     optimizer = _inner(trainer.optimizer)
     with torch.no_grad():
         for key, tensor in state.items():
@@ -98,7 +99,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
 
 
 def _state(trainer: Trainer) -> dict[str, Tensor]:
-    """This rank's tensors by key: `rank0/parameters/NAME`, `rank0/optimizer/NAME/FIELD`."""
+    """Tensors of this rank by key: `rank0/parameters/NAME`, `rank0/optimizer/NAME/FIELD`."""
     mine, optimizer = f"rank{trainer.mesh.rank}", _inner(trainer.optimizer)
     state = {}
     for name, param in trainer.program.parameters.items():

@@ -4,6 +4,7 @@ Imports of torch stay inside the commands, so that `--help` answers at once.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 
@@ -12,8 +13,10 @@ import typer
 from sandbox.errors import ConfigError, SandboxError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from sandbox.config import Config
-    from sandbox.verify.verdict import Verdicts
+    from sandbox.verify import Case, Verdicts
 
 __all__ = ["app", "main"]
 
@@ -38,6 +41,14 @@ Folder = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="Where metrics, checkpoints and the report go; default: runs/NAME."),
 ]
+JsonFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--json", metavar="FILE", help="Write all verdicts as JSON."),
+]
+ReportFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(metavar="FILE", help="Write an HTML report, with a timeline of one step."),
+]
 
 
 @app.command()
@@ -47,10 +58,10 @@ def run(
     folder: Folder = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
 ) -> None:
-    """Train. Here, or as one rank if torchrun started this."""
+    """Train; here, or as one rank if torchrun started this."""
     from sandbox.runtime import warm
 
-    warm("sandbox.run")
+    warm()
     settings = _load(config, set_)
     from sandbox.run import start
 
@@ -66,21 +77,22 @@ def verify(
     dtype: Annotated[
         str, typer.Option(help="float64, the truth; float32, bfloat16; or config, the config's own.")
     ] = "float64",
-    json_: Annotated[Optional[Path], typer.Option("--json", metavar="FILE", help="Write all verdicts as JSON.")] = None,  # noqa: UP045
-    report: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Write an HTML report.")] = None,  # noqa: UP045
+    json_: JsonFile = None,
+    report: ReportFile = None,
 ) -> None:
-    """Hold sharded runs against the unsharded one: every element of every gradient, norms, parameters, bytes, memory.
+    """Hold sharded runs against the unsharded one: every element of gradients and parameters, norms, bytes, memory.
 
     The config's model, mesh and batch are kept. Three steps of SGD with momentum, rough initial values and ragged
     masks take the place of its training, so that nothing hides a bug.
     """
     from sandbox.runtime import warm
 
-    warm("sandbox.verify")
+    warm()
     if bool(configs) == all_:
-        raise ConfigError("verify: name configs, or say --all.")
+        raise ConfigError("verify: name configs, such as configs/zero2.yaml, or say --all.")
     if dtype not in ("float64", "float32", "bfloat16", "config"):
         raise ConfigError(f"--dtype {dtype}: is not one of float64, float32, bfloat16, config.")
+    settings = [_load(path, set_) for path in configs or []]
     from sandbox.verify import Case, fixture, matrix
 
     if all_:
@@ -88,23 +100,191 @@ def verify(
         if not cases:
             raise ConfigError(f"--only {only}: no case of --all has that in its `engine name`.")
     else:
-        own = None if dtype == "config" else dtype
-        cases = [Case(fixture(_load(path, set_), own), trace=report is not None) for path in configs or []]
-    verdicts = _verify(cases)
-    _write(verdicts, json_, report)
+        cases = [Case(fixture(config, None if dtype == "config" else dtype)) for config in settings]
+    verdicts = _verify([replace(case, trace=report is not None) for case in cases])
+    _show(verdicts, json_, report)
     if not all(case.held for case in verdicts.cases):
         raise SystemExit(1)
 
 
+@app.command("list")
+def list_() -> None:
+    """Show strategies by engine: what runs, and why the rest does not."""
+    from rich.table import Table
+
+    from sandbox.plan import engines, find, strategies, unsupported
+
+    names = dict.fromkeys(name for engine in engines() for name in (*strategies(engine), *unsupported(engine)))
+    table = Table("strategy", "axis", *engines(), box=None)
+    for name in names:
+        axis = next(find(engine, name).AXIS for engine in engines() if name in strategies(engine))
+        marks = ["✓" if name in strategies(engine) else "-" for engine in engines()]
+        table.add_row(name, axis, *marks)
+    console = _console()
+    console.print(table)
+    for engine in engines():
+        for name, reason in unsupported(engine).items():
+            console.print(f"- {engine} {name}: {reason}")
+    for engine in engines():
+        console.print(f"{engine}: {_version(engine)}")
+
+
+@app.command()
+def explain(
+    strategy: Annotated[str, typer.Argument(help="A strategy, such as zero2 (see `sandbox list`).")],
+    config: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(help="Predict for this config; default: the small model of --all, on 4 ranks."),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="Whose implementation.")] = "native",
+    set_: Set = None,
+) -> None:
+    """Say what a strategy cuts, what it sends, and what that is in bytes for a config."""
+    from sandbox.plan import find
+
+    module = find(engine, strategy)
+    settings = _load(config, set_) if config else None
+    from sandbox.report.explain import show
+
+    show(_console(), module, engine, strategy, settings)
+
+
+@app.command()
+def faults(
+    only: Annotated[str, typer.Option(metavar="TEXT", help="Only faults whose name contains this.")] = "",
+) -> None:
+    """Plant bugs that really happened; each must be caught, its kind of cause named, and its twin must hold."""
+    from sandbox.runtime import warm
+
+    warm()
+    from sandbox.verify.faults import FAULTS
+
+    chosen = [fault for name, fault in FAULTS.items() if only in name]
+    if not chosen:
+        raise ConfigError(f"--only {only}: no fault has that in its name. There are: {', '.join(FAULTS)}.")
+    verdicts = _verify([case for fault in chosen for case in (fault.sick(), fault.clean())])
+    pairs = list(zip(chosen, verdicts.cases[::2], verdicts.cases[1::2], strict=True))
+    from sandbox.report.detections import show
+
+    show(_console(), pairs)
+    if not all(fault.caught(sick) and clean.status == "held" for fault, sick, clean in pairs):
+        raise SystemExit(1)
+
+
+@app.command()
+def report(
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Run folders, and JSON of verify --json.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the page goes.")] = Path("report.html"),
+    reference: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FOLDER", help="Run folder of the unsharded run, drawn under the others."),
+    ] = None,
+) -> None:
+    """Draw runs and verdicts as one HTML page that needs no network."""
+    from pydantic import ValidationError
+
+    from sandbox.report.html import write
+    from sandbox.report.record import RunRecord
+    from sandbox.verify.verdict import Verdicts
+
+    verdicts, runs = Verdicts(), []
+    for source in sources:
+        if source.is_dir():
+            runs.append(RunRecord.read(source, reference=reference))
+            continue
+        try:
+            found = Verdicts.model_validate_json(source.read_bytes())
+        except (OSError, ValidationError) as error:
+            text = error.strerror if isinstance(error, OSError) else "not the JSON of verify --json"
+            raise ConfigError(f"{source}: cannot be read ({text}).") from None
+        verdicts = Verdicts(
+            versions=verdicts.versions | found.versions,
+            cases=[*verdicts.cases, *found.cases],
+            seconds=verdicts.seconds + found.seconds,
+        )
+    write(out, verdicts, runs=runs)
+    _console().print(f"wrote {out}")
+
+
+@config_app.command("show")
+def config_show(config: ConfigPath, set_: Set = None) -> None:
+    """Print a config with every default filled in."""
+    import yaml
+
+    print(yaml.safe_dump(_load(config, set_).model_dump(mode="json"), sort_keys=False), end="")  # noqa: T201
+
+
+def _load(path: Path, overrides: list[str] | None) -> "Config":
+    """Read a config and check all that can be known before anything starts."""
+    from sandbox.config import load
+    from sandbox.plan import plan
+
+    config = load(path, overrides or ())
+    try:
+        plan(config)
+    except SandboxError as error:
+        raise type(error)(f"{path}: {error}") from None
+    return config
+
+
+def _verify(cases: "list[Case]") -> "Verdicts":
+    """Verify cases under a progress bar."""
+    import time
+
+    from rich.progress import track
+
+    from sandbox.verify import Verdicts, Verifier
+
+    started, verifier = time.perf_counter(), Verifier()
+    console = _console(stderr=True)
+    steps = track(cases, "verifying", console=console, transient=True, disable=not console.is_terminal)
+    verdicts = [verifier.verify(case) for case in steps]
+    versions = {engine: _version(engine) for engine in dict.fromkeys(case.config.engine for case in cases)}
+    return Verdicts(versions=versions, cases=verdicts, seconds=time.perf_counter() - started)
+
+
+def _show(verdicts: "Verdicts", json_: Path | None, report: Path | None) -> None:
+    from sandbox.report.tables import show
+
+    show(verdicts, _console())
+    if json_:
+        json_.write_text(verdicts.model_dump_json(indent=1), encoding="utf-8")
+    if report:
+        from sandbox.report.html import write
+
+        write(report, verdicts)
+        _console().print(f"wrote {report}")
+
+
+def _version(engine: str) -> str:
+    """The version of what an engine runs on."""
+    from importlib.metadata import version
+
+    own = version("distributed-training-sandbox")
+    return f"{own} on torch {version('torch')}" if engine == "native" else version(engine)
+
+
+def _console(*, stderr: bool = False) -> "Console":
+    """Where tables go: as wide as the terminal, or wide enough for every column if there is none."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=160)
+
+
 def main() -> NoReturn:
-    """Run the command line; user errors are printed without a traceback."""
+    """Run the command line; what is the user's to mend is printed without a traceback."""
+    import click
+
+    code: object = 0
     try:
         code = app(standalone_mode=False)
     except SandboxError as error:
         print(error, file=sys.stderr)  # noqa: T201
-        sys.exit(error.exit_code)
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(code or 0)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (KeyboardInterrupt, click.Abort):
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)

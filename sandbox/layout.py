@@ -75,6 +75,6 @@ class Layout:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor: the tensor itself, unless it is one of torch's DTensors."""
+    """The part of a tensor that lies on this rank: the tensor itself, unless it is one of torch's DTensors."""
     to_local = getattr(tensor, "to_local", None)
     return to_local() if to_local else tensor

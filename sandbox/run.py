@@ -67,7 +67,7 @@ def device_of(config: Config) -> str:
 
 
 class Log:
-    """Shows the messages of rank 0 and writes them to `folder`/metrics.jsonl, a line each. Opens at the first message."""
+    """Shows the messages of rank 0, and writes them to `folder`/metrics.jsonl from the first one on, a line each."""
 
     def __init__(self, folder: Path, steps: int, *, append: bool = False, console: Console | None = None) -> None:
         self.folder, self.steps, self.append = folder, steps, append
@@ -114,7 +114,9 @@ class Log:
             self._show(message)
 
     def _show(self, step: dict[str, Any]) -> None:
-        text = f"loss {step['loss']:.4f}  gradient norm {step['grad_norm']:.3f}  {step['tokens_per_second']:,.0f} tokens/s"
+        text = (
+            f"loss {step['loss']:.4f}  gradient norm {step['grad_norm']:.3f}  {step['tokens_per_second']:,.0f} tokens/s"
+        )
         if self.console.is_terminal:
             self._bar.update(self._task, completed=step["step"], text=text)
         elif step["step"] % max(1, self.steps // 20) == 0 or step["step"] in (1, self.steps):

@@ -13,7 +13,7 @@ from sandbox.comm import Recorder
 from sandbox.config import Config
 from sandbox.data import Corpus
 from sandbox.layout import Layout, local
-from sandbox.measure import Peak, Timeline, Traffic, held
+from sandbox.measure import Peak, Traffic, held
 from sandbox.mesh import Mesh
 from sandbox.runtime import Member
 from sandbox.trainer import Trainer

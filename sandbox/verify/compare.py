@@ -4,6 +4,7 @@ Pieces are put together from what each rank held, by layout and without a collec
 ranks that hold the same element must agree on it. (A gather by the strategy itself would hide just that.)
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ def differences(
         result.append(
             Difference(
                 tensor=name,
-                error=error if error == error else float("inf"),
+                error=error if not math.isnan(error) else float("inf"),
                 ratio=dot / norm if norm else float(own > 0),
                 cos=dot / (own * norm) ** 0.5 if own and norm else float(own == norm),
                 drift=whole.drift / scale,

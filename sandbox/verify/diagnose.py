@@ -53,7 +53,9 @@ def _start(found: Findings) -> str:
     wrong = found.wrong(found.parameters[0])
     if not wrong:
         return ""
-    who = "ranks start from different values" if any(d.drift > found.tolerance for d in wrong) else "first values differ"
+    who = (
+        "ranks start from different values" if any(d.drift > found.tolerance for d in wrong) else "first values differ"
+    )
     return f"initialisation: {who} of {_names(d.tensor for d in wrong)}."
 
 
@@ -67,9 +69,13 @@ def _gradients(found: Findings) -> str:
             f"reduction: ranks that should hold the same gradient of {_names(d.tensor for d in drifting)} disagree: "
             "it was not summed over them, or not all of it."
         )
+    return _pattern(found, wrong, all_) or _weights(found, wrong)
+
+
+def _pattern(found: Findings, wrong: Sequence[Difference], all_: Sequence[Difference]) -> str:
     if all(0 < d.error < 2**-6 and abs(d.ratio - 1) < 2**-8 for d in wrong) and len(wrong) > len(all_) / 2:
         return (
-            f"precision: {len(wrong)} of {len(all_)} gradients are off by about {wrong[0].error:.0e}, without direction: "
+            f"precision: {len(wrong)} of {len(all_)} gradients are off by about {wrong[0].error:.0e}, in no direction: "
             "they were rounded to a narrower type on the way."
         )
     straight = all(d.cos > 1 - 1e-9 for d in wrong)
@@ -83,6 +89,10 @@ def _gradients(found: Findings) -> str:
             f"reduction: only {_class(wrong, all_)} differ ({len(wrong)} of {len(all_)}); worst ratio {ratio:.4f}, "
             f"cos {wrong[0].cos:.4f}: they miss the share of some ranks or microbatches, or hold another's."
         )
+    return ""
+
+
+def _weights(found: Findings, wrong: Sequence[Difference]) -> str:
     if found.losses[0] > found.tolerance and found.weights:
         return f"weighting: {found.weights}: every gradient differs (worst cos {wrong[-1].cos:.4f})."
     if found.losses[0] <= found.tolerance:
@@ -118,8 +128,8 @@ def _step(found: Findings) -> str:
             f"{_names(d.tensor for d in wrong)}: a part was not gathered, or was clipped or stepped alone."
         )
     return (
-        f"optimizer: gradients and their norm agree, but {_class(wrong, all_)} ({len(wrong)} of {len(all_)}) step elsewhere: "
-        "weight decay, clipping factor, or a part updated with another's gradient."
+        f"optimizer: gradients and their norm agree, but {_class(wrong, all_)} ({len(wrong)} of {len(all_)}) step "
+        "elsewhere: weight decay, clipping factor, or a part updated with another's gradient."
     )
 
 

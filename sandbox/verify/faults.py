@@ -4,7 +4,7 @@ A fault is a function that tampers with a rank's trainer before it starts; every
 patch what it likes. `number` is the bug's place in our catalogue, `source` the report of one who had it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,12 +15,13 @@ import sandbox.trainer
 from sandbox import buckets, units
 from sandbox.batch import Batch
 from sandbox.buckets import Bucket, ScatterSum
-from sandbox.comm import Axis, Event, Pending
+from sandbox.comm import Axis, Event, Pending, all_reduce
 from sandbox.model import loss_sum
-from sandbox.program import Program, make_optimizer
+from sandbox.program import Program, learning_rate, make_optimizer
 from sandbox.strategies import ddp
 from sandbox.trainer import Trainer
 from sandbox.verify.matrix import case
+from sandbox.verify.verdict import Verdict
 from sandbox.verify.verifier import Case
 
 __all__ = ["FAULTS", "Fault"]
@@ -45,6 +46,10 @@ class Fault:
         """The case with the bug."""
         return replace(self.clean(), prepare=self.plant)
 
+    def caught(self, verdict: Verdict) -> bool:
+        """Whether the sick case's verdict is a mismatch of the right kind."""
+        return verdict.status == "mismatch" and verdict.cause.split(":")[0] == self.kind
+
     def clean(self) -> Case:
         """The same case without it."""
         return case("native", self.strategy, self.world, self.name, **self.settings)
@@ -53,7 +58,9 @@ class Fault:
 FAULTS: dict[str, Fault] = {}
 
 
-def fault(number: int, source: str, kind: str, strategy: str, world: int = 2, **settings: Any) -> Callable[[Plant], Plant]:
+def fault(
+    number: int, source: str, kind: str, strategy: str, world: int = 2, **settings: Any
+) -> Callable[[Plant], Plant]:
     """Register the function below as a fault of that name."""
 
     def register(plant: Plant) -> Plant:
@@ -136,10 +143,10 @@ def last_microbatch_stays_local(trainer: Trainer) -> None:
     def after() -> None:
         reduce_grads()
         for name, grad in late.items():
-            params[name].grad = params[name].grad + grad
+            params[name].grad = grad + params[name].grad
         late.clear()
 
-    buckets.Bucket.flatten_grads = only_early  # type: ignore[method-assign]
+    _patch(Bucket, "flatten_grads", only_early)
     _change(trainer, begin=before, reduce_grads=after)
 
 
@@ -152,7 +159,7 @@ def accumulation_overwritten(trainer: Trainer) -> None:
         sums.sums.pop(sums._scatters[0][0], None)
         land(sums)
 
-    ScatterSum._land = overwrite  # type: ignore[method-assign]
+    _patch(ScatterSum, "_land", overwrite)
 
 
 @fault(30, "pytorch/pytorch/issues/98281", "reduction", "ddp", 3)
@@ -170,7 +177,7 @@ def parameter_outside_the_wrapper(trainer: Trainer) -> None:
         for name, grad in own.items():
             trainer.program.parameters[name].grad = grad
 
-    buckets.Bucket.flatten_grads = remember  # type: ignore[method-assign]
+    _patch(Bucket, "flatten_grads", remember)
     _change(trainer, reduce_grads=restore)
 
 
@@ -190,7 +197,7 @@ def bucket_overwritten_under_way(trainer: Trainer) -> None:
             launch(sums, 1, own, own_sizes, final)
         launch(sums, number, flat, sizes, final)
 
-    ScatterSum.launch = late  # type: ignore[method-assign]
+    _patch(ScatterSum, "launch", late)
 
 
 @fault(32, "facebookresearch/fairscale/issues/517", "reduction", "zero2", 4)
@@ -205,19 +212,19 @@ def last_bucket_not_flushed(trainer: Trainer) -> None:
         own = flat.split(sizes)[sums._shard.rank]
         sums.sums[number] = sums.sums[number] + own if number in sums.sums else own
 
-    ScatterSum.launch = skip  # type: ignore[method-assign]
+    _patch(ScatterSum, "launch", skip)
 
 
 @fault(41, "pytorch/pytorch/issues/106395", "precision", "ddp", 4)
 def reduced_in_bfloat16(trainer: Trainer) -> None:
     """Gradients travel, and are summed, in bfloat16."""
-    exact = ddp.all_reduce
+    exact = all_reduce
 
     def narrow(tensor: Tensor, axis: Axis) -> Pending:
         short = exact(tensor.bfloat16(), axis)
         return Pending(axis, Event(0, "", "", 0, 0.0), (), lambda: tensor.copy_(short.wait()))
 
-    ddp.all_reduce = narrow  # type: ignore[assignment]
+    _patch(ddp, "all_reduce", narrow)
 
 
 # Norm and optimizer
@@ -228,7 +235,8 @@ def clipped_by_the_local_norm(trainer: Trainer) -> None:
     """Each rank clips by the norm of what it holds."""
 
     def local(program: Program, most: float | None) -> Tensor:
-        return torch.nn.utils.clip_grad_norm_(program.parameters.values(), most or 1e9, foreach=True).double()
+        norm: Tensor = torch.nn.utils.clip_grad_norm_(program.parameters.values(), most or 1e9, foreach=True)
+        return norm.double()
 
     _change(trainer, clip=local)
 
@@ -269,22 +277,22 @@ def gathered_from_a_stale_copy(trainer: Trainer) -> None:
         start(shard)
         shard.part = now
 
-    units.Shard.start = stale  # type: ignore[method-assign]
+    _patch(units.Shard, "start", stale)
 
 
 @fault(39, "pytorch/pytorch/issues/101343", "optimizer", "zero1", 3)
 def decay_lost_by_flattening(trainer: Trainer) -> None:
     """Who decays is decided by the dimensions of the flat piece, so nobody does."""
-    flat = {name: p for name, p in trainer.program.parameters.items()}
-    shapes = {name: replace(trainer.program.layout[name], shape=tuple(p.shape)) for name, p in flat.items()}
-    trainer.optimizer = make_optimizer(replace(trainer.program, layout=shapes))
+    program = trainer.program
+    shapes = {name: replace(program.layout[name], shape=tuple(p.shape)) for name, p in program.parameters.items()}
+    trainer.optimizer = make_optimizer(replace(program, layout=shapes))
 
 
 @fault(40, "huggingface/accelerate/issues/2926", "learning rate", "ddp", 3)
 def schedule_steps_once_a_rank(trainer: Trainer) -> None:
     """The learning rate's clock ticks once for every rank."""
-    rate, world = sandbox.trainer.learning_rate, trainer.config.mesh.world
-    sandbox.trainer.learning_rate = lambda train, step: rate(train, step * world)
+    world = trainer.config.mesh.world
+    _patch(sandbox.trainer, "learning_rate", lambda train, step: learning_rate(train, step * world))
 
 
 @fault(42, "NVIDIA-NeMo/Automodel/pull/2995", "optimizer", "ddp", 3)
@@ -306,14 +314,14 @@ def momentum_dropped_on_resume(trainer: Trainer) -> None:
             trainer.optimizer.state.clear()
         return norm
 
-    trainer.update = forgetful  # type: ignore[method-assign]
+    _patch(trainer, "update", forgetful)
 
 
 @fault(61, "deepspeedai/DeepSpeed/pull/7839", "state", "ddp")
 def gradients_not_zeroed(trainer: Trainer) -> None:
     """What a step leaves in .grad is added to the next."""
-    trainer.optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
-    trainer.program.model.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
+    for owner in (trainer.optimizer, trainer.program.model):
+        _patch(owner, "zero_grad", lambda set_to_none: None)
 
 
 # Data, initial values, random numbers
@@ -331,7 +339,7 @@ def shuffled_differently_on_each_rank(trainer: Trainer) -> None:
     """The permutation's seed includes the rank."""
     corpus, train = trainer.corpus, trainer.config.train
     seed = train.seed + trainer.mesh.rank
-    trainer.batch = lambda: corpus.batch(trainer.step, seed=seed, rows=train.batch)  # type: ignore[method-assign]
+    _patch(trainer, "batch", lambda: corpus.batch(trainer.step, seed=seed, rows=train.batch))
 
 
 @fault(45, "pytorch/torchtitan/issues/166", "initialisation", "ddp", 3)
@@ -353,9 +361,15 @@ def dropout_differs_by_rank(trainer: Trainer) -> None:
 def data_order_changes_on_resume(trainer: Trainer) -> None:
     """After the first step the loader starts again with a batch skipped."""
     corpus, train = trainer.corpus, trainer.config.train
-    trainer.batch = lambda: corpus.batch(  # type: ignore[method-assign]
-        trainer.step + (trainer.step > 0), seed=train.seed, rows=train.batch
-    )
+
+    def later() -> Batch:
+        return corpus.batch(trainer.step + (trainer.step > 0), seed=train.seed, rows=train.batch)
+
+    _patch(trainer, "batch", later)
+
+
+def _patch(owner: object, name: str, value: object) -> None:
+    setattr(owner, name, value)
 
 
 def _change(trainer: Trainer, **slots: Any) -> None:
@@ -381,9 +395,3 @@ def _loss(trainer: Trainer, normalise: Callable[[Tensor, Batch, int], Tensor]) -
 def _buckets(trainer: Trainer) -> list[Bucket]:
     options = trainer.config.mesh.dp.options
     return buckets.cut_buckets(dict(trainer.program.model.named_parameters()), options["bucket_mb"])
-
-
-def pairs() -> Iterator[tuple[Fault, Case, Case]]:
-    """Every fault with its sick and its clean case."""
-    for one in FAULTS.values():
-        yield one, one.sick(), one.clean()

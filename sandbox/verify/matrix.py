@@ -55,7 +55,7 @@ def case(
     small = {"bucket_mb": 0.02} if "bucket_mb" in find(engine, strategy).Options.model_fields else {}
     axis = {"degree": world, "strategy": strategy, **small, **(options or {})}
     config = Config(
-        name=f"{strategy}{world}" + (f" {label}" if label else ""),
+        name=f"{strategy}-dp{world}" + (f", {label}" if label else ""),
         engine=engine,
         mesh=Mesh.model_validate({"dp": axis}),
         model=model,

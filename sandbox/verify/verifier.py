@@ -10,6 +10,7 @@ drift apart is the noise of the training itself:
 """
 
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from sandbox.plan import plan, predict
 from sandbox.runtime import Member, launch
 from sandbox.trainer import Trainer
 from sandbox.verify.capture import Capture, capture
-from sandbox.verify.compare import Whole, assemble, differences, spread
+from sandbox.verify.compare import assemble, differences, spread
 from sandbox.verify.diagnose import Findings, diagnose
 from sandbox.verify.verdict import Amount, Difference, Verdict
 
@@ -100,9 +101,7 @@ class Verifier:
             plan(config)
             reference = self.reference(config)
             started = time.perf_counter()
-            ranks = launch(
-                config.mesh.world, capture, config, case.prepare, case.trace, timeout=config.run.timeout
-            )
+            ranks = launch(config.mesh.world, capture, config, case.prepare, case.trace, timeout=config.run.timeout)
             self._judge(verdict, config, reference, ranks)
         except UnsupportedError as error:
             verdict.status, verdict.cause = "unsupported", str(error)
@@ -214,7 +213,7 @@ def _larger(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, f
 
 
 def _furthest(ratios: Sequence[float]) -> float:
-    return max(ratios, key=lambda ratio: abs(ratio - 1) if ratio == ratio else float("inf"))
+    return max(ratios, key=lambda ratio: float("inf") if math.isnan(ratio) else abs(ratio - 1))
 
 
 def _worst(steps: Sequence[Sequence[Difference]]) -> list[Difference]:
