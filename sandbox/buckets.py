@@ -9,48 +9,93 @@ Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parall
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from sandbox.comm import Axis, Pending, all_reduce, reduce_scatter
+from sandbox.partition import Partition, Place
 from sandbox.program import Program
 
 __all__ = ["Bucket", "ScatterSum", "cut_buckets", "reduce_in_backward"]
 
 
-@dataclass(frozen=True)
 class Bucket:
-    """Parameters whose gradients form one flat tensor [numel], in this order."""
+    """Parameters whose gradients form one flat tensor [numel]: in this order, or as `partition` lays them out.
 
-    params: dict[str, nn.Parameter] = field(default_factory=dict)
+    A gradient is moved into the flat tensor as soon as it is there, while the cache still holds it, and what backward
+    made is let go. Moved again, it is added.
+    """
+
+    def __init__(
+        self, params: Mapping[str, nn.Parameter], partition: Partition | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        self.params, self.dtype = dict(params), dtype
+        self._partition = partition
+        self._flat: Tensor | None = None
+        self._filled: set[str] = set()
 
     @property
     def numel(self) -> int:
         """Elements of all gradients together."""
         return sum(p.numel() for p in self.params.values())
 
-    def flatten_grads(self) -> Tensor:
-        """The gradients as one new flat tensor. What this step did not use here has gradient zero, not none."""
-        return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.params.values()])
+    def collect(self, name: str) -> None:
+        """Move the gradient of `name` into the flat tensor."""
+        param = self.params[name]
+        if param.grad is None:
+            return
+        if self._flat is None:
+            self._flat = torch.empty(self.numel, dtype=self.dtype or param.dtype, device=param.device)
+        grad = param.grad.reshape(-1)
+        for at, start, stop in self._places[name]:
+            target = self._flat[at : at + stop - start]
+            if name in self._filled:
+                target.add_(grad[start:stop])
+            else:
+                target.copy_(grad[start:stop])
+        self._filled.add(name)
+        param.grad = None
+
+    def take(self) -> Tensor:
+        """Hand out the flat tensor. What was not collected has gradient zero, not none."""
+        first = next(iter(self.params.values()))
+        flat, self._flat = self._flat, None
+        if flat is None:
+            flat = torch.empty(self.numel, dtype=self.dtype or first.dtype, device=first.device)
+        for name in self.params.keys() - self._filled:
+            for at, start, stop in self._places[name]:
+                flat[at : at + stop - start].zero_()
+        self._filled.clear()
+        return flat
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """Each parameter's part of `flat` [numel], in the parameter's shape."""
+        """Each parameter's part of `flat` [numel], in the parameter's shape and this bucket's order."""
         parts = flat.split([p.numel() for p in self.params.values()])
         return {name: part.view_as(p) for (name, p), part in zip(self.params.items(), parts, strict=True)}
+
+    @cached_property
+    def _places(self) -> Mapping[str, list[Place]]:
+        if self._partition:
+            return self._partition.places
+        ends = list(accumulate(p.numel() for p in self.params.values()))
+        return {n: [(end - p.numel(), 0, p.numel())] for (n, p), end in zip(self.params.items(), ends, strict=True)}
 
 
 def cut_buckets(params: Mapping[str, nn.Parameter], megabytes: float) -> list[Bucket]:
     """Cut the parameters, last first, into buckets of at least `megabytes` (MiB), but for the last one."""
-    buckets, size = [Bucket()], 0.0
+    buckets: list[dict[str, nn.Parameter]] = [{}]
+    size = 0.0
     for name, param in reversed(list(params.items())):
         if size >= megabytes * 2**20:
-            buckets.append(Bucket())
+            buckets.append({})
             size = 0
-        buckets[-1].params[name] = param
+        buckets[-1][name] = param
         size += param.numel() * param.element_size()
-    return buckets
+    return [Bucket(bucket) for bucket in buckets]
 
 
 def reduce_in_backward(
@@ -61,7 +106,7 @@ def reduce_in_backward(
     *,
     each: bool,
 ) -> Program:
-    """Return `program` so that backward calls `launch(number, final)` for every bucket, in order, once it is complete.
+    """Return `program` so that backward fills the buckets and calls `launch(number, final)` for each, in order.
 
     `finish(final)` follows when the backward pass is over. `final` tells the last microbatch of a step; without `each`,
     the passes before it are left alone, and their gradients add up locally.
@@ -82,6 +127,7 @@ def reduce_in_backward(
     def grad_ready(name: str) -> None:
         program.grad_ready(name)
         if queue:
+            buckets[home[name]].collect(name)
             waiting[home[name]] -= 1
         while queue and waiting[queue[0]] == 0:
             launch(queue.popleft(), final)

@@ -85,7 +85,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
         if key.startswith(mine) and isinstance(entry, TensorStorageMetadata)
     }
     state_dict_loader.load(state, checkpoint_id=checkpoint, no_dist=trainer.mesh.world == 1)
-    optimizer = _inner(trainer.optimizer)
+    optimizer = trainer.optimizer
     with torch.no_grad():
         for key, tensor in state.items():
             kind, name, *field = key.removeprefix(mine).split("/")
@@ -100,7 +100,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
 
 def _state(trainer: Trainer) -> dict[str, Tensor]:
     """Tensors of this rank by key: `rank0/parameters/NAME`, `rank0/optimizer/NAME/FIELD`."""
-    mine, optimizer = f"rank{trainer.mesh.rank}", _inner(trainer.optimizer)
+    mine, optimizer = f"rank{trainer.mesh.rank}", trainer.optimizer
     state = {}
     for name, param in trainer.program.parameters.items():
         if param.numel():
@@ -109,12 +109,6 @@ def _state(trainer: Trainer) -> dict[str, Tensor]:
                 if isinstance(value, Tensor):
                     state[f"{mine}/optimizer/{name}/{field}"] = local(value.detach())
     return state
-
-
-def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that holds the state: ZeroRedundancyOptimizer wraps one."""
-    inner: torch.optim.Optimizer = getattr(optimizer, "optim", optimizer)
-    return inner
 
 
 def _like(param: Tensor, value: Tensor) -> Tensor:

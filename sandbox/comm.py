@@ -8,14 +8,14 @@
 On gloo, reduce_scatter and all_gather are direct exchanges: every rank sends each other rank just what that rank needs,
 from where it lies to where it belongs. gloo's own reduce_scatter is an all_reduce and a slice (twice the bytes) and its
 all_gather copies once more; both want parts of one size. Here parts may differ in size, so nothing is padded.
-Two ranks all_reduce by exchanging the whole: the same bytes as a ring, in one hop instead of two.
+Two ranks all_reduce little by exchanging the whole: the same bytes as a ring, in one hop instead of two.
 On NCCL its own collectives are used. Sums are taken in rank order on gloo, so results repeat to the bit.
 
 Lower bounds: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", JPDC 2009.
 """
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -25,6 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 __all__ = ["Axis", "Board", "Event", "Pending", "Recorder", "all_gather", "all_reduce", "reduce_scatter", "ring_bytes"]
+
+SMALL = 2**20
+"""Bytes up to which one hop beats a ring of two ranks, although it adds twice as much."""
 
 
 class Board(Protocol):
@@ -44,7 +47,7 @@ class Event:
     number: int
     op: str
     axis: str
-    bytes: int
+    bytes: float
     start: float
     end: float = 0.0
 
@@ -55,11 +58,11 @@ class Recorder:
 
     board: Board | None = None
     detailed: bool = False
-    sent: Counter[str] = field(default_factory=Counter)
+    sent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     events: list[Event] = field(default_factory=list)
     number: int = 0
 
-    def launch(self, op: str, axis: str, sent: int) -> Event:
+    def launch(self, op: str, axis: str, sent: float) -> Event:
         """A collective starts."""
         self.number += 1
         self.sent[f"{op} {axis}"] += sent
@@ -100,7 +103,7 @@ class Pending:
         """Block until the result is there. May be called once."""
         recorder, event = self._axis.recorder, self._event
         if recorder.board:
-            recorder.board.enter(event.number, event.op, event.axis, event.bytes)
+            recorder.board.enter(event.number, event.op, event.axis, round(event.bytes))
         for work in self._works:
             work.wait()
         if recorder.board:
@@ -109,9 +112,9 @@ class Pending:
         return self._finish()
 
 
-def ring_bytes(whole: int, ranks: int) -> int:
-    """Bytes that each of `ranks` sends to all_reduce `whole` bytes."""
-    return 2 * (ranks - 1) * whole // ranks
+def ring_bytes(whole: int, ranks: int) -> float:
+    """Bytes that each of `ranks` sends to all_reduce `whole` bytes, on average: not always a whole number."""
+    return 2 * (ranks - 1) * whole / ranks
 
 
 def all_reduce(tensor: Tensor, axis: Axis, op: str = "all_reduce") -> Pending:
@@ -119,7 +122,7 @@ def all_reduce(tensor: Tensor, axis: Axis, op: str = "all_reduce") -> Pending:
     event = axis.recorder.launch(op, axis.name, ring_bytes(_bytes(tensor), axis.size))
     if axis.size == 1:
         return Pending(axis, event, (), lambda: tensor)
-    if axis.size == 2 and not tensor.is_cuda:
+    if axis.size == 2 and _bytes(tensor) <= SMALL and not tensor.is_cuda:
         other = torch.empty_like(tensor)
         works = _exchange([tensor, tensor], [other, other], axis, tag=1)
         return Pending(axis, event, works, lambda: tensor.add_(other))

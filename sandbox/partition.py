@@ -8,6 +8,7 @@ laid end to end. The parts in rank order are what reduce_scatter takes and all_g
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from sandbox.layout import Layout
 
-__all__ = ["Partition", "by_ranges", "by_rows"]
+__all__ = ["Partition", "Place", "by_ranges", "by_rows"]
 
 Span = tuple[int, int]
+Place = tuple[int, int, int]
+"""At this element of the flat tensor lie the elements [start, stop) of a flattened parameter."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,23 @@ class Partition:
         """Elements of each rank's part."""
         return [sum(stop - start for start, stop in spans.values()) for spans in self.spans]
 
-    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Whole tensors by name -> all parts in rank order, one new flat tensor."""
-        flat = {name: tensors[name].reshape(-1) for name in self.shapes}
-        if not self.rows:
-            return torch.cat(list(flat.values()))  # ranges in rank order ARE the parameters in order
-        return torch.cat([flat[name][slice(*span)] for spans in self.spans for name, span in spans.items()])
+    @cached_property
+    def places(self) -> dict[str, list[Place]]:
+        """Where each parameter lies when all parts are laid end to end in rank order."""
+        places: dict[str, list[Place]] = {name: [] for name in self.shapes}
+        at = 0
+        for spans in self.spans:
+            for name, (start, stop) in spans.items():
+                if start < stop:
+                    places[name].append((at, start, stop))
+                    at += stop - start
+        return places
 
     def unflatten(self, flat: Tensor, tensors: Mapping[str, Tensor]) -> None:
-        """Copy all parts in rank order into whole tensors by name: the inverse of `flatten`."""
-        for rank, part in enumerate(flat.split(self.sizes)):
-            for name, piece in self.pieces(part, rank).items():
-                tensors[name].reshape(-1)[slice(*self.spans[rank][name])] = piece.reshape(-1)
+        """Copy all parts in rank order into whole tensors by name."""
+        for name, places in self.places.items():
+            for at, start, stop in places:
+                tensors[name].view(-1)[start:stop] = flat[at : at + stop - start]
 
     def pieces(self, part: Tensor, rank: int) -> dict[str, Tensor]:
         """Views of `part`, the part of `rank`, by parameter."""

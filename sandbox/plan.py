@@ -107,7 +107,7 @@ def predict(config: Config, model: nn.Module) -> list[Prediction]:
     for rank in range(config.mesh.world):
         mesh = Mesh(config.mesh.degrees, rank)
         parts = [p.strategy.predict(model, mesh, p.options, config) for p in plan(config)]
-        traffic = {key: value for part in parts for key, value in part.traffic.items() if value}
+        traffic = {key: round(value) for part in parts for key, value in part.traffic.items() if value}
         ranks.append(Prediction(traffic, parts[-1].memory if parts else {}))
     return ranks
 

@@ -1,6 +1,6 @@
 """What a strategy says of itself before it runs: bytes sent and bytes held, by rank."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -14,8 +14,8 @@ __all__ = ["Prediction", "bytes_of", "state_copies"]
 class Prediction:
     """Bytes that one rank sends in a step, by collective and axis, and holds after it, by kind of tensor."""
 
-    traffic: dict[str, int] = field(default_factory=dict)
-    memory: dict[str, int] = field(default_factory=dict)
+    traffic: Mapping[str, float] = field(default_factory=dict)
+    memory: Mapping[str, int] = field(default_factory=dict)
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

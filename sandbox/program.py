@@ -35,7 +35,7 @@ __all__ = [
     "unsharded",
 ]
 
-ForwardBackward: TypeAlias = "Callable[[Program, list[Batch], int], Tensor]"
+ForwardBackward: TypeAlias = "Callable[[Program, list[Batch], float], Tensor]"
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def shard_rows(program: Program, mesh: Mesh) -> Callable[[Batch], Batch]:
     return lambda batch: program.shard_batch(batch).split_rows(mesh.data.size)[mesh.data.rank]
 
 
-def accumulate(program: Program, microbatches: list[Batch], valid: int) -> Tensor:
+def accumulate(program: Program, microbatches: list[Batch], valid: float) -> Tensor:
     """Run all microbatches, one after the other. The default of `Program.forward_backward`.
 
     Each loss is a sum over its valid targets, divided by the valid targets of the WHOLE step, over ranks and

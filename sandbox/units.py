@@ -67,7 +67,9 @@ def cut_units(model: nn.Module) -> list[Unit]:
 class Shard:
     """A unit's parameters: this rank's part for good, all of them while they are in use."""
 
-    def __init__(self, unit: Unit, cut: Cut, axis: Axis, program: Program, compute: torch.dtype) -> None:
+    def __init__(
+        self, unit: Unit, cut: Cut, axis: Axis, program: Program, compute: torch.dtype, dtype: torch.dtype | None
+    ) -> None:
         self.partition = cut(unit.params, axis.size)
         self.sizes, self.axis = self.partition.sizes, axis
         some = program.initial(next(iter(unit.params)))
@@ -79,9 +81,9 @@ class Shard:
             piece.copy_(local.reshape(-1)[start:stop].view_as(piece))
             self.pieces[name] = nn.Parameter(piece)
         self.whole = torch.empty(sum(self.sizes), dtype=compute, device=some.device)
-        self.bucket = Bucket(dict(unit.params))
-        self.views = self.bucket.views(self.whole)
-        self.bucket.params.update({name: nn.Parameter(view) for name, view in self.views.items()})
+        self.views = Bucket(unit.params).views(self.whole)
+        params = {name: nn.Parameter(view) for name, view in self.views.items()}
+        self.bucket = Bucket(params, self.partition, dtype or self.part.dtype)
         self._bytes = self.whole.untyped_storage().nbytes()
         self._pending: Pending | None = None
         self._landing = self.whole
@@ -124,11 +126,10 @@ def gather_on_use(
     compute = program.model.dtype
     assert isinstance(compute, torch.dtype)
     units = cut_units(program.model)
-    shards = [Shard(unit, cut, axis, program, compute) for unit in units]
+    narrow = each or program.config.train.microbatches == 1  # what adds up locally needs the full precision
+    shards = [Shard(unit, cut, axis, program, compute, compute if narrow else None) for unit in units]
     replace_parameters(program.model, {name: p for shard in shards for name, p in shard.bucket.params.items()})
-    dtype = shards[0].part.dtype
-    sums = ScatterSum(axis, mesh.axis("dp_replicate"), dtype)
-    wide: dict[str, Tensor] = {}  # gradients of earlier passes, in full precision, if they are to add up locally
+    sums = ScatterSum(axis, mesh.axis("dp_replicate"), shards[0].part.dtype)
 
     def use(number: int, following: int) -> None:
         shards[number].use()
@@ -162,20 +163,11 @@ def gather_on_use(
 
     def launch(reverse: int, final: bool) -> None:
         number = len(shards) - 1 - reverse
-        shard = shards[number]
-        params = shard.bucket.params
-        if final or each:
-            flat = shard.partition.flatten({name: _gradient(p, wide.pop(name, None)) for name, p in params.items()})
-        elif compute != dtype:
-            wide.update({name: _gradient(p, wide.get(name)).to(dtype) for name, p in params.items()})
-        if final or each or compute != dtype:
-            for param in params.values():
-                param.grad = None
         if final or reshard_after_forward:
-            shard.free()
+            shards[number].free()
         busy.discard(number)
         if final or each:
-            sums.launch(number, flat, shard.sizes, final)
+            sums.launch(number, shards[number].bucket.take(), shards[number].sizes, final)
 
     def finish(final: bool) -> None:
         if not final:
@@ -198,11 +190,6 @@ def gather_on_use(
     return reduce_in_backward(sharded, [shard.bucket for shard in reversed(shards)], launch, finish, each=True)
 
 
-def _gradient(param: nn.Parameter, earlier: Tensor | None) -> Tensor:
-    grad = torch.zeros_like(param) if param.grad is None else param.grad
-    return grad if earlier is None else earlier + grad
-
-
 def predict_units(
     model: nn.Module, mesh: Mesh, cut: Cut, config: Config, *, reshard_after_forward: bool, each: bool
 ) -> Prediction:
@@ -211,7 +198,8 @@ def predict_units(
     item = next(model.parameters()).element_size()
     short = 2 if config.train.dtype == "bfloat16" else item  # what is gathered, and what backward yields
     passes = config.train.microbatches
-    gathered = reduced = replicas = held = 0
+    gathered = reduced = held = 0
+    replicas = 0.0
     for unit in cut_units(model):
         sizes = cut(unit.params, axis.size).sizes
         part, whole = sizes[axis.rank], sum(sizes)
@@ -222,7 +210,7 @@ def predict_units(
         reduced += (passes if each else 1) * (whole - part) * (item if accumulated else short)
         replicas += ring_bytes(part * item, replicate.size)
         held += part * item
-    traffic = {f"all_gather {axis.name}": gathered, f"reduce_scatter {axis.name}": reduced}
+    traffic: dict[str, float] = {f"all_gather {axis.name}": gathered, f"reduce_scatter {axis.name}": reduced}
     if replicate.size > 1:
         traffic[f"all_reduce {replicate.name}"] = replicas
     memory = {"parameters": held, "gradients": held, "optimizer": state_copies(config.train) * held}

@@ -49,10 +49,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     pending: list[tuple[int, Pending]] = []
 
     def launch(number: int, final: bool) -> None:
-        flat = buckets[number].flatten_grads()
-        for param in buckets[number].params.values():
-            param.grad = None
-        pending.append((number, all_reduce(flat, axis)))
+        pending.append((number, all_reduce(buckets[number].take(), axis)))
 
     def finish(final: bool) -> None:
         for number, reduction in pending:

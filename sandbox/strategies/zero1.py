@@ -20,6 +20,7 @@ Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ class Shard:
     def of(cls, bucket: Bucket, axis: Axis) -> "Shard":
         """Move the bucket's parameters into one flat tensor."""
         partition = by_ranges(bucket.params, axis.size)
-        flat = partition.flatten({name: p.detach() for name, p in bucket.params.items()})
+        flat = torch.cat([p.detach().flatten() for p in bucket.params.values()])  # ranges in rank order are all of it
         for name, view in bucket.views(flat).items():
             bucket.params[name].data = view
         part = flat.split(partition.sizes)[axis.rank]
@@ -106,7 +107,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
 
     def launch(number: int, final: bool) -> None:
         shard = shards[number]
-        full[number] = shard.bucket.flatten_grads()
+        full[number] = shard.bucket.take()
         for name, view in shard.bucket.views(full[number]).items():
             shard.bucket.params[name].grad = view
         sums.launch(number, full[number], shard.partition.sizes, final)
@@ -130,14 +131,14 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
     )
 
 
-def shard_traffic(model: nn.Module, mesh: Mesh, megabytes: float, rounds: int) -> tuple[dict[str, int], int]:
+def shard_traffic(model: nn.Module, mesh: Mesh, megabytes: float, rounds: int) -> tuple[dict[str, float], int]:
     """Bytes by collective if gradients are reduced `rounds` times a step, and bytes of this rank's part."""
     axis, replicate = mesh.axis("dp_shard", "cp"), mesh.axis("dp_replicate")
     params = dict(model.named_parameters())
     item = next(iter(params.values())).element_size()
     parts = [by_ranges(b.params, axis.size).sizes[axis.rank] * item for b in cut_buckets(params, megabytes)]
     whole, part = bytes_of(params.values()), sum(parts)
-    traffic = {
+    traffic: dict[str, float] = {
         f"reduce_scatter {axis.name}": rounds * (whole - part),
         f"all_gather {axis.name}": (axis.size - 1) * part,
     }

@@ -44,11 +44,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     sums = ScatterSum(mesh.axis("dp_shard", "cp"), mesh.axis("dp_replicate"), shards[0].flat.dtype)
 
     def launch(number: int, final: bool) -> None:
-        bucket = shards[number].bucket
-        flat = bucket.flatten_grads()
-        for param in bucket.params.values():
-            param.grad = None
-        sums.launch(number, flat, shards[number].partition.sizes, final)
+        sums.launch(number, shards[number].bucket.take(), shards[number].partition.sizes, final)
 
     def finish(final: bool) -> None:
         if final:

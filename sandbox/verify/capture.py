@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from sandbox.comm import Recorder
 from sandbox.config import Config
 from sandbox.data import Corpus
 from sandbox.layout import Layout, local
-from sandbox.measure import Peak, Traffic, held
+from sandbox.measure import Peak, Timeline, Traffic, held
 from sandbox.mesh import Mesh
 from sandbox.runtime import Member
 from sandbox.trainer import Trainer
@@ -57,7 +58,7 @@ def capture(
 ) -> Capture:
     """Train for `train.steps` steps and take everything down. `prepare` may tamper with the trainer first.
 
-    `trace` adds the timeline of the last step; without it peak memory is measured there instead.
+    `trace` adds the timeline of the last step; without it peak memory is measured there instead, which takes longer.
     """
     recorder = Recorder(board=member.board if member.world > 1 else None, detailed=trace)
     device = torch.device(member.device)
@@ -71,16 +72,24 @@ def capture(
         recorder.sent.clear()
         batch = trainer.batch()
         taken.tokens.append(_digest(trainer.program.shard_batch(batch)))
-        with Traffic(mesh), Peak(trainer.program, trainer.optimizer) as peak:
+        with ExitStack() as watch:
+            if last:
+                watch.enter_context(Traffic(mesh))
+                if trace:
+                    taken.spans = watch.enter_context(Timeline(trainer))
+                else:
+                    peak = watch.enter_context(Peak(trainer.program, trainer.optimizer))
             taken.losses.append(trainer.compute_gradients(batch).item())
             taken.gradients.append(_pieces(trainer, gradients=True))
             taken.norms.append(trainer.update().item())
         taken.rates.append(trainer.optimizer.param_groups[0]["lr"])
         taken.parameters.append(_pieces(trainer))
         if last:
-            taken.traffic = {key: sent for key, sent in recorder.sent.items() if sent and key.split()[0] not in METRICS}
+            taken.traffic = {
+                key: round(sent) for key, sent in recorder.sent.items() if sent and key.split()[0] not in METRICS
+            }
             taken.memory = held(trainer.program, trainer.optimizer)
-            taken.peak = peak.bytes
+            taken.peak = 0 if trace else peak.bytes
     return taken
 
 

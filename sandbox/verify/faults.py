@@ -128,25 +128,26 @@ def last_microbatch_stays_local(trainer: Trainer) -> None:
     params = trainer.program.parameters
     early: dict[str, Tensor] = {}
     late: dict[str, Tensor] = {}
-    begin, reduce_grads, flatten = trainer.program.begin, trainer.program.reduce_grads, Bucket.flatten_grads
+    begin, reduce_grads, collect = trainer.program.begin, trainer.program.reduce_grads, Bucket.collect
 
     def before(final: bool) -> None:
         begin(final)
         early.update({name: p.grad.clone() for name, p in params.items() if final and p.grad is not None})
 
-    def only_early(bucket: Bucket) -> Tensor:
-        for name, param in bucket.params.items():
-            assert param.grad is not None
-            late[name], param.grad = param.grad - early[name], early[name]
-        return flatten(bucket)
+    def only_early(bucket: Bucket, name: str) -> None:
+        param = bucket.params[name]
+        assert param.grad is not None
+        late[name], param.grad = param.grad - early[name], early[name]
+        collect(bucket, name)
 
     def after() -> None:
         reduce_grads()
         for name, grad in late.items():
-            params[name].grad = grad + params[name].grad
+            reduced = params[name].grad
+            params[name].grad = grad if reduced is None else reduced + grad
         late.clear()
 
-    _patch(Bucket, "flatten_grads", only_early)
+    _patch(Bucket, "collect", only_early)
     _change(trainer, begin=before, reduce_grads=after)
 
 
@@ -165,19 +166,20 @@ def accumulation_overwritten(trainer: Trainer) -> None:
 @fault(30, "pytorch/pytorch/issues/98281", "reduction", "ddp", 3)
 def parameter_outside_the_wrapper(trainer: Trainer) -> None:
     """The final norm was replaced after wrapping, so its gradient stays local."""
-    flatten, reduce_grads, own = Bucket.flatten_grads, trainer.program.reduce_grads, {}
+    collect, reduce_grads, own = Bucket.collect, trainer.program.reduce_grads, {}
     names = ("norm.weight", "norm.bias")
 
-    def remember(bucket: Bucket) -> Tensor:
-        own.update({name: p.grad for name, p in bucket.params.items() if name in names})
-        return flatten(bucket)
+    def remember(bucket: Bucket, name: str) -> None:
+        if name in names:
+            own[name] = bucket.params[name].grad
+        collect(bucket, name)
 
     def restore() -> None:
         reduce_grads()
         for name, grad in own.items():
             trainer.program.parameters[name].grad = grad
 
-    _patch(Bucket, "flatten_grads", remember)
+    _patch(Bucket, "collect", remember)
     _change(trainer, reduce_grads=restore)
 
 
@@ -247,7 +249,8 @@ def replicas_counted_in_the_norm(trainer: Trainer) -> None:
     clip, factor = trainer.program.clip, trainer.config.mesh.dp.replicas**0.5
 
     def overcount(program: Program, most: float | None) -> Tensor:
-        return clip(program, None if most is None else most / factor) * factor
+        norm: Tensor = factor * clip(program, None if most is None else most / factor)
+        return norm
 
     _change(trainer, clip=overcount)
 
@@ -376,10 +379,10 @@ def _change(trainer: Trainer, **slots: Any) -> None:
     trainer.program = replace(trainer.program, **slots)
 
 
-def _loss(trainer: Trainer, normalise: Callable[[Tensor, Batch, int], Tensor]) -> None:
+def _loss(trainer: Trainer, normalise: Callable[[Tensor, Batch, float], Tensor]) -> None:
     """Run microbatches as the program does, but with another scale for each loss."""
 
-    def forward_backward(program: Program, batches: list[Batch], valid: int) -> Tensor:
+    def forward_backward(program: Program, batches: list[Batch], valid: float) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
         for number, batch in enumerate(batches, 1):
             program.begin(number == len(batches))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sandbox.config import Config
 from sandbox.errors import SandboxError, UnsupportedError
+from sandbox.measure import align
 from sandbox.model import build, loss_sum
 from sandbox.plan import plan, predict
 from sandbox.runtime import Member, launch
@@ -150,7 +151,7 @@ class Verifier:
         verdict.gradients = _worst(found.gradients)
         verdict.parameters = list(found.parameters[-1])
         verdict.peak = [rank.peak for rank in ranks]
-        verdict.timeline = [rank.spans for rank in ranks]
+        verdict.timeline = align([rank.spans for rank in ranks])
         good = (
             max(verdict.loss, verdict.norm) <= found.tolerance
             and not any(found.wrong(step) for step in (*found.gradients, *found.parameters))
@@ -280,10 +281,10 @@ def _list(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:4])) + (", ..." if len(numbers) > 4 else "")
 
 
-def _amounts(predicted: Sequence[Mapping[str, int]], measured: Sequence[Mapping[str, int]]) -> dict[str, Amount]:
+def _amounts(predicted: Sequence[Mapping[str, float]], measured: Sequence[Mapping[str, int]]) -> dict[str, Amount]:
     keys = dict.fromkeys(key for ranks in (predicted, measured) for rank in ranks for key in rank)
     return {
-        key: Amount(predicted=[r.get(key, 0) for r in predicted], measured=[r.get(key, 0) for r in measured])
+        key: Amount(predicted=[int(r.get(key, 0)) for r in predicted], measured=[r.get(key, 0) for r in measured])
         for key in keys
     }
 

@@ -9,7 +9,7 @@
 `X[B_dp, S]` reads: B is cut over axis dp; `{U_dp}`: not yet summed over dp.
 
 Bytes sent by a rank in one step: 2 (n-1)/n P to all_reduce P bytes of gradients over n ranks, and M times that if every
-one of M microbatches is synchronised. Once, in the second step, rank 0 broadcasts the order in which gradients came.
+one of M microbatches is synchronised. After the first backward, once, rank 0 broadcasts the order of the gradients.
 Memory: parameters, gradients and optimizer state in full, and P more for buckets without `gradient_as_bucket_view`.
 
 DDP averages, and the loss is already a share of the global sum, so each rank's loss is scaled by n. A communication
@@ -62,7 +62,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
         model.require_backward_grad_sync = final or options.sync == "each"  # all that `model.no_sync()` does
 
     def forward_backward(finished: Program, microbatches: list[Batch], valid: float) -> Tensor:
-        return program.forward_backward(finished, microbatches, valid / axis.size) / axis.size  # type: ignore[arg-type]
+        return program.forward_backward(finished, microbatches, valid / axis.size) / axis.size
 
     return replace(
         program,

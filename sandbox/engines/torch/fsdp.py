@@ -11,10 +11,11 @@ yet summed over dp.
 
 Bytes sent by a rank for each of M microbatches, with P' bytes of parameters, rows padded to a multiple of n:
 (n-1)/n P' to all_gather for forward, as much again for backward, and as much to reduce_scatter gradients. A unit is a
-block, or the root: embedding, norm and head, gathered once for both passes, since backward begins where forward ends.
+block, or the root: embedding, norm and head, gathered once for both passes, as backward begins where forward ends.
 Without `reshard_after_forward`, all is gathered once a step. With `sync: last` gradients add up whole, and are
 scattered once. With replicas (HSDP) parts are summed over dp_replicate once a step: 2 (r-1)/r P'/n bytes more. In
-bfloat16 parameters travel as bfloat16, but gradients as float32. Memory: (2 + K)/n P, one block and the root in use.
+bfloat16 parameters travel as bfloat16, but gradients as float32. Memory: (2 + K)/n P and the padding, two blocks and
+the root in use.
 
 Gradients are divided by 1, for the loss is already a share of the global sum. For another divisor than n torch asks
 for PREMUL_SUM, which gloo lacks, unless told to use sums only.
@@ -29,11 +30,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from sandbox.comm import ring_bytes
+from sandbox.comm import Axis, ring_bytes
 from sandbox.config import Config
 from sandbox.config import Options as Base
 from sandbox.errors import MeshError
@@ -54,9 +52,12 @@ class Options(Base):
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` with all its state in DTensors cut over dp_shard, and parameters gathered on use."""
-    axis = mesh.axis("dp_shard")
-    if axis.size == 1:
-        raise MeshError("mesh.dp.replicas: with as many replicas as ranks nothing is sharded. Use strategy ddp.")
+    # Here, for it takes 1.5 s, and predictions can do without.
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    axis = shard_axis(mesh)
     model = program.model
     bf16 = program.config.train.dtype == "bfloat16"
     for module in [*model.get_submodule("blocks").children(), model]:
@@ -71,8 +72,13 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     assert isinstance(model, FSDPModule)
     parameters, layout = dict[str, nn.Parameter](), dict[str, Layout]()
     for name, meta in model.named_parameters():
-        layout[name] = program.layout[name].cut(0, *rows(meta), axis.names)
-        parameters[name] = with_values(meta, layout[name].take(program.initial(name)).clone())
+        assert isinstance(meta, DTensor)
+        size, offset = compute_local_shape_and_global_offset(meta.shape, meta.device_mesh, meta.placements)
+        layout[name] = program.layout[name].cut(0, offset[0], offset[0] + size[0], axis.names)
+        piece = layout[name].take(program.initial(name)).clone()  # one parameter whole at a time
+        parameters[name] = nn.Parameter(
+            DTensor.from_local(piece, meta.device_mesh, meta.placements, shape=meta.shape, stride=meta.stride())
+        )
     replace_parameters(model, parameters)  # `to_empty` would untie tied weights
 
     def begin(final: bool) -> None:
@@ -91,37 +97,32 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     )
 
 
-def rows(param: nn.Parameter) -> tuple[int, int]:
-    """The rows [start, stop) of a DTensor that lie on this rank."""
-    assert isinstance(param, DTensor)
-    size, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-    return offset[0], offset[0] + size[0]
-
-
-def with_values(meta: nn.Parameter, local: Tensor) -> nn.Parameter:
-    """A DTensor like `meta`, holding `local` on this rank."""
-    assert isinstance(meta, DTensor)
-    return nn.Parameter(
-        DTensor.from_local(local, meta.device_mesh, meta.placements, shape=meta.shape, stride=meta.stride())
-    )
+def shard_axis(mesh: Mesh) -> Axis:
+    """The axis over which parameters are cut."""
+    axis = mesh.axis("dp_shard")
+    if axis.size == 1:
+        raise MeshError("mesh.dp.replicas: with as many replicas as ranks, nothing is cut. Use strategy ddp.")
+    return axis
 
 
 def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
     """Bytes sent in one step and held after it, by this rank."""
-    axis, replicate = mesh.axis("dp_shard"), mesh.axis("dp_replicate")
+    axis, replicate = shard_axis(mesh), mesh.axis("dp_replicate")
     item = next(model.parameters()).element_size()
     short = 2 if config.train.dtype == "bfloat16" else item  # what is gathered
     passes = config.train.microbatches
     blocks = [list(block.parameters()) for block in model.get_submodule("blocks").children()]
     inside = {id(p) for block in blocks for p in block}
     root = [p for p in model.parameters() if id(p) not in inside]
-    gathered = scattered = replicas = held = 0
+    gathered = scattered = padded = held = 0
+    replicas = 0.0
     for unit in (root, *blocks):
         part = sum(-(-p.shape[0] // axis.size) * p[0].numel() for p in unit)  # padded: ceil(D/n) rows
         uses = passes * (1 if unit is root else 2) if options.reshard_after_forward else 1
         gathered += uses * (axis.size - 1) * part * short
         scattered += (passes if options.sync == "each" else 1) * (axis.size - 1) * part * item
         replicas += ring_bytes(part * item, replicate.size)
+        padded += part * item  # torch stores a shard with its padding
         held += sum(own_rows(p.shape[0], axis.size, axis.rank) * p[0].numel() * item for p in unit)
     return Prediction(
         traffic={
@@ -129,7 +130,7 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
             f"reduce_scatter {axis.name}": scattered,
             f"all_reduce {replicate.name}": replicas,
         },
-        memory={"parameters": held, "gradients": held, "optimizer": state_copies(config.train) * held},
+        memory={"parameters": padded, "gradients": held, "optimizer": state_copies(config.train) * held},
     )
 
 

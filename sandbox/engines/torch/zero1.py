@@ -9,12 +9,12 @@
 `M[D, F]@r`: whole, on one rank of dp only, the parameter's owner; `{U_dp}`: not yet summed over dp.
 
 Bytes sent by a rank in one step: 2 (n-1)/n P to all_reduce gradients (n ranks, P bytes), and (n-1) times the bytes of
-the parameters that it owns to broadcast what it has updated: up to half as much again as our zero1, whose gradients
-are only reduce-scattered. With replicas, owners are found within dp_shard. Memory: parameters and gradients in full,
-and the state of the parameters owned.
+the parameters that it owns to broadcast what it has updated. Together half as much again as our zero1, which sends no
+rank gradients that it does not need. With replicas, owners are ranks of dp_shard. Memory: parameters and gradients in
+full, and the state of the parameters owned.
 
-Owners, group by group (matrices with weight decay first, then vectors): the largest parameter left goes to the rank
-that owns the fewest elements so far. One large embedding makes the parts uneven, and then they are never a 1/n.
+Owners, matrices first and then vectors (they differ in weight decay): the largest parameter left goes to the rank that
+owns the fewest elements so far. No parameter is cut, so one large embedding makes the parts uneven.
 
 Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020, 5.1.
 """
@@ -24,7 +24,6 @@ from dataclasses import replace
 import torch
 from pydantic import Field
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from sandbox.config import Config
 from sandbox.engines.torch import ddp
@@ -46,6 +45,8 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     axis = mesh.axis("dp_shard", "cp")
 
     def make_optimizer(finished: Program) -> torch.optim.Optimizer:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # here, for it takes 1 s
+
         whole = program.make_optimizer(finished)
         if axis.size == 1:
             return whole
@@ -56,7 +57,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
             parameters_as_bucket_view=options.parameters_as_bucket_view,
             lr=program.config.train.lr,
         )
-        optimizer.state = optimizer.optim.state  # of what this rank owns, where it is looked for
+        optimizer.state = optimizer.optim.state  # that of the parameters owned, where one looks for it
         return optimizer
 
     return replace(ddp.apply(program, mesh, options), make_optimizer=make_optimizer)
@@ -76,7 +77,6 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
 def owned_elements(model: nn.Module, ranks: int) -> list[int]:
     """Elements of the parameters that each rank owns, by torch's greedy rule."""
     owned = [0] * ranks
-    sizes = [(p.dim() < 2, -p.numel()) for p in model.parameters()]
-    for _, size in sorted(sizes):
-        owned[owned.index(min(owned))] -= size
+    for param in sorted(model.parameters(), key=lambda p: (p.dim() < 2, -p.numel())):
+        owned[owned.index(min(owned))] += param.numel()
     return owned
