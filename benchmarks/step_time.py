@@ -3,7 +3,7 @@
 All trainers live in the same ranks and take turns, one step each, so the machine's noise falls on all alike. A step's
 time is that of the slowest rank; a ratio is the median over rounds of the two times in the same round.
 
-    python benchmarks/step_time.py --ranks 2 4 --rounds 20
+Run: python benchmarks/step_time.py --ranks 2 4 --rounds 20
 """
 
 import argparse
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from work import turns
 
 from sandbox.runtime import launch
-from work import turns
 
 PAIRS = [  # ours, theirs, the most that the ratio may be
     (("native", {"strategy": "ddp"}), ("torch", {"strategy": "ddp"}), 1.00),
@@ -51,7 +51,12 @@ def main() -> None:
             mark = "✓" if ratio <= bound else "✗"
             figures = (f"{statistics.median(a) * 1e3:.0f}", f"{statistics.median(b) * 1e3:.0f}", f"{ratio:.3f}")
             table.add_row(
-                str(ranks), ours[1]["strategy"], theirs[1]["strategy"], *figures, f"{low:.3f}-{high:.3f}", f"{bound} {mark}"
+                str(ranks),
+                ours[1]["strategy"],
+                theirs[1]["strategy"],
+                *figures,
+                f"{low:.3f}-{high:.3f}",
+                f"{bound} {mark}",
             )
     Console(width=120).print(table)
     if args.json:

@@ -1,6 +1,7 @@
 """What the ranks of the benchmarks run. In a module of its own, for ranks import it by name."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from sandbox.runtime import Member
@@ -12,7 +13,6 @@ DATA = {"sequence": 128}
 def turns(member: Member, kinds: list[tuple[str, dict[str, Any]]], batch: int, rounds: int) -> list[list[float]]:
     """Seconds of each round's step, by trainer."""
     import torch
-    import torch.distributed as dist
 
     from sandbox.config import Config
     from sandbox.data import Corpus
@@ -32,15 +32,69 @@ def turns(member: Member, kinds: list[tuple[str, dict[str, Any]]], batch: int, r
         )
         mesh = Mesh(config.mesh.degrees, member.rank, member.device)
         trainers.append(Trainer(config, mesh, torch.device(member.device), Corpus.load(config.data)))
-    times: list[list[float]] = [[] for _ in kinds]
+    return take_turns([trainer.train_step for trainer in trainers], rounds)
+
+
+def take_turns(steps: list[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Seconds of the slowest rank for each round's call, by step; the first three rounds do not count."""
+    import torch
+    import torch.distributed as dist
+
+    times: list[list[float]] = [[] for _ in steps]
     for round_ in range(rounds + 3):
-        order = range(len(kinds)) if round_ % 2 else reversed(range(len(kinds)))
+        order = range(len(steps)) if round_ % 2 else reversed(range(len(steps)))
         for number in order:
             dist.barrier()
             start = time.perf_counter()
-            trainers[number].train_step()
+            steps[number]()
             took = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
             dist.all_reduce(took, dist.ReduceOp.MAX)
-            if round_ >= 3:  # the first ones allocate and rebuild buckets
+            if round_ >= 3:  # those before allocate and rebuild buckets
                 times[number].append(took.item())
     return times
+
+
+def trainer_and_loop(member: Member, batch: int, rounds: int) -> list[list[float]]:
+    """The trainer over torch's DDP, and the loop that one would write by hand."""
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.nn.utils import clip_grad_norm_
+
+    from sandbox.config import Config
+    from sandbox.data import Corpus
+    from sandbox.mesh import Mesh
+    from sandbox.model import Transformer, initial, loss_sum
+    from sandbox.trainer import Trainer
+
+    config = Config.model_validate(
+        {
+            "engine": "torch",
+            "mesh": {"dp": {"degree": member.world, "strategy": "ddp"}},
+            "model": MODEL,
+            "data": DATA,
+            "train": {"batch": batch, "optimizer": "sgd_momentum", "lr": 0.01},
+        }
+    )
+    corpus = Corpus.load(config.data)
+    trainer = Trainer(config, Mesh(config.mesh.degrees, member.rank, member.device), torch.device("cpu"), corpus)
+    plain = Transformer(config.model)
+    with torch.no_grad():
+        for name, param in plain.named_parameters():
+            param.copy_(initial(name, config.model, config.train.seed))
+    model = DistributedDataParallel(plain, gradient_as_bucket_view=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.01, foreach=True)
+    step = 0
+
+    def by_hand() -> float:
+        nonlocal step
+        whole = corpus.batch(step, seed=0, rows=batch)
+        mine = whole.split_rows(member.world)[member.rank]
+        optimizer.zero_grad()
+        loss = loss_sum(model(mine), mine.targets) * member.world / whole.valid
+        loss.backward()
+        clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        optimizer.step()
+        step += 1
+        return loss.item()
+
+    return take_turns([trainer.train_step, by_hand], rounds)

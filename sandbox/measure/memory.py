@@ -31,7 +31,7 @@ class Peak:
 
     `kinds` splits them as they were at that moment; "other" is activations, buffers, and gradients on their way. It may
     be entered again and goes on: what is made in between is not counted. On a GPU the allocator is asked instead, for
-    its total. It slows a step of a tiny model by about half; results stay the same to the bit.
+    its total. A step of a tiny model takes two to three times as long; its results stay the same to the bit.
     """
 
     def __init__(self, program: Program, optimizer: Optimizer) -> None:

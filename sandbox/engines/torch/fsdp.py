@@ -130,7 +130,7 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
             f"reduce_scatter {axis.name}": scattered,
             f"all_reduce {replicate.name}": replicas,
         },
-        memory={"parameters": padded, "gradients": held, "optimizer": state_copies(config.train) * held},
+        memory={"parameters": padded, "gradients": padded, "optimizer": state_copies(config.train) * held},
     )
 
 
