@@ -8,12 +8,15 @@ A strategy is a module, found by its place: `sandbox/strategies/NAME.py` for the
     apply           (program, mesh, options) -> program
     predict         (model on meta, mesh on paper, options, config) -> Prediction
 
+    check           optional: (config, options) -> None, raises ConfigError with the nearest setting that would work
+
 and its docstring is what `sandbox explain` prints. An engine's package may hold UNSUPPORTED: strategy -> reason.
 """
 
 import difflib
 import importlib
 import pkgutil
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,7 @@ import sandbox.strategies
 from sandbox.config import Config, Options, check
 from sandbox.errors import ConfigError, UnsupportedError
 from sandbox.mesh import Mesh
+from sandbox.model import build
 from sandbox.predict import Prediction
 from sandbox.program import Program, materialise, unsharded
 
@@ -34,6 +38,9 @@ __all__ = ["Planned", "Strategy", "engines", "find", "fold", "plan", "predict", 
 
 FOLD = ("pp", "tp", "cp", "dp")
 """The order in which strategies are folded over the model: each meets what the ones before it have left."""
+
+USUAL = {"pp": "pipeline", "tp": "tensor", "cp": "context", "dp": "ddp"}
+"""The strategy of an axis whose section names none."""
 
 
 class Strategy(Protocol):
@@ -48,7 +55,7 @@ class Strategy(Protocol):
         """Change the program."""
 
     def predict(self, model: nn.Module, mesh: Mesh, options: Any, config: Config) -> Prediction:
-        """Tell bytes sent and held."""
+        """Tell bytes sent and held. A strategy that cuts the model cuts `model` too, for those folded after it."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +108,19 @@ def fold(config: Config, mesh: Mesh, device: torch.device) -> Program:
     return program
 
 
-def predict(config: Config, model: nn.Module) -> list[Prediction]:
-    """What each rank will send in a step and hold after it. `model` is on the meta device and is left as it is."""
+def predict(config: Config) -> list[Prediction]:
+    """What each rank will send in a step and hold after it: the plan folded on paper, over a model without values."""
     ranks = []
     for rank in range(config.mesh.world):
-        mesh = Mesh(config.mesh.degrees, rank)
+        mesh, model = Mesh(config.mesh.degrees, rank), build(config.model, config.train.dtype)
         parts = [p.strategy.predict(model, mesh, p.options, config) for p in plan(config)]
-        traffic = {key: round(value) for part in parts for key, value in part.traffic.items() if value}
-        ranks.append(Prediction(traffic, parts[-1].memory if parts else {}))
+        traffic: dict[str, float] = defaultdict(float)
+        memory: dict[str, int] = {}
+        for part in parts:
+            memory.update(part.memory)
+            for key, value in part.traffic.items():
+                traffic[key] += value
+        ranks.append(Prediction({key: round(value) for key, value in traffic.items() if value}, memory))
     return ranks
 
 
@@ -127,7 +139,7 @@ def _resolve(config: Config) -> Iterator[tuple[Planned, bool]]:
             continue
         path = f"mesh.{axis}"
         try:
-            strategy = find(config.engine, section.strategy or axis)
+            strategy = find(config.engine, section.strategy or USUAL[axis])
         except UnsupportedError:
             raise
         except ConfigError as error:
@@ -135,6 +147,8 @@ def _resolve(config: Config) -> Iterator[tuple[Planned, bool]]:
         if axis != strategy.AXIS:
             raise ConfigError(f"{path}.strategy: {section.strategy} belongs to mesh.{strategy.AXIS}.")
         options = check(strategy.Options, section.options, prefix=path, also=type(section).model_fields)
+        if hasattr(strategy, "check") and section.degree > 1:
+            strategy.check(config, options)
         active = section.degree > 1 or (axis == "dp" and config.mesh.cp.degree > 1)
         yield Planned(strategy, options), active
 

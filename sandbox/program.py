@@ -48,6 +48,7 @@ class Program:
     layout: Mapping[str, Layout]  # where each of `parameters` lies in its logical tensor
     initial: Callable[[str], Tensor]  # a logical parameter's first value, in full
     shard_batch: Callable[[Batch], Batch]  # the rows and columns that this rank sees
+    loss: Callable[[Tensor, Tensor], Tensor]  # (logits, targets) as this rank has them -> sum over valid targets
     forward_backward: ForwardBackward  # (finished program, microbatches, valid targets of the step) -> local loss
     begin: Callable[[bool], None]  # a backward pass comes; is it the last of the step?
     grad_ready: Callable[[str], None]  # the gradient of a parameter of the model is complete for this backward pass
@@ -72,6 +73,7 @@ def unsharded(config: Config, mesh: Mesh, device: torch.device) -> Program:
         layout={name: Layout.whole(tuple(p.shape)) for name, p in shapes.items()},
         initial=value,
         shard_batch=lambda batch: batch,
+        loss=loss_sum,
         forward_backward=accumulate,
         begin=lambda final: None,
         grad_ready=lambda name: None,
@@ -115,7 +117,7 @@ def accumulate(program: Program, microbatches: list[Batch], valid: float) -> Ten
     total = torch.zeros((), dtype=torch.float64, device=microbatches[0].tokens.device)
     for number, batch in enumerate(microbatches, 1):
         program.begin(number == len(microbatches))
-        loss = loss_sum(program.model(batch), batch.targets) / valid
+        loss = program.loss(program.model(batch), batch.targets) / valid
         loss.backward()
         program.reduce_grads()
         total += loss.detach()

@@ -12,7 +12,6 @@ from sandbox.comm import all_reduce
 from sandbox.config import Config
 from sandbox.data import Corpus
 from sandbox.mesh import Mesh
-from sandbox.model import loss_sum
 from sandbox.plan import fold
 from sandbox.program import learning_rate
 
@@ -92,7 +91,7 @@ class Trainer:
         total = torch.zeros(2, dtype=torch.float64)
         for batch in self.corpus.held_out_batches(self.config.train.eval_batches, rows=self.config.train.batch):
             local = self.program.shard_batch(batch).to(self.device)
-            loss = loss_sum(self.program.model(local), local.targets)
+            loss = self.program.loss(self.program.model(local), local.targets)
             total += torch.tensor([loss.item(), local.valid], dtype=torch.float64)
         summed, valid = all_reduce(total, self.mesh.axis("dp_replicate", "dp_shard", "cp"), "loss").wait().tolist()
         return float(summed / max(1.0, valid))

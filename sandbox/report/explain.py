@@ -34,7 +34,7 @@ def show(console: Console, strategy: Strategy, engine: str, name: str, config: C
             update={"engine": engine, "mesh": config.mesh.model_copy(update={strategy.AXIS: axis})}
         )
     model = build(config.model, config.train.dtype)
-    ranks = predict(config, model)
+    ranks = predict(config)
     parameters = sum(p.numel() for p in model.parameters())
     table = Table("", *(f"rank {rank}" for rank in range(len(ranks))), box=None, title_justify="left")
     table.title = (

@@ -16,11 +16,10 @@ from sandbox import buckets, units
 from sandbox.batch import Batch
 from sandbox.buckets import Bucket, ScatterSum
 from sandbox.comm import Axis, Event, Pending, all_reduce
-from sandbox.model import loss_sum
 from sandbox.program import Program, learning_rate, make_optimizer
 from sandbox.strategies import ddp
 from sandbox.trainer import Trainer
-from sandbox.verify.matrix import case
+from sandbox.verify.matrix import alone
 from sandbox.verify.verdict import Verdict
 from sandbox.verify.verifier import Case
 
@@ -52,7 +51,7 @@ class Fault:
 
     def clean(self) -> Case:
         """The same case without it."""
-        return case("native", self.strategy, self.world, self.name, **self.settings)
+        return alone("native", self.strategy, self.world, self.name, **self.settings)
 
 
 FAULTS: dict[str, Fault] = {}
@@ -386,7 +385,7 @@ def _loss(trainer: Trainer, normalise: Callable[[Tensor, Batch, float], Tensor])
         total = torch.zeros((), dtype=torch.float64)
         for number, batch in enumerate(batches, 1):
             program.begin(number == len(batches))
-            loss = normalise(loss_sum(program.model(batch), batch.targets), batch, valid)
+            loss = normalise(program.loss(program.model(batch), batch.targets), batch, valid)
             loss.backward()
             program.reduce_grads()
             total += loss.detach()

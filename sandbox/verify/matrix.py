@@ -5,15 +5,17 @@ switch each make a case.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from sandbox.config import Config, Data, Mesh, Model, Train
-from sandbox.plan import engines, find, strategies
+from sandbox.errors import ConfigError
+from sandbox.plan import engines, find, plan, strategies
 from sandbox.verify.verifier import Case, fixture
 
-__all__ = ["case", "matrix"]
+__all__ = ["alone", "case", "matrix"]
 
 WORLDS = (2, 3, 4, 8)
 MODEL = Model(
@@ -25,44 +27,54 @@ TRAIN = Train(batch=26, microbatches=3, clip=0.5)  # 26 = 8 x 3 + 2: rows divide
 
 
 def matrix() -> Iterator[Case]:
-    """Every case: strategies at all worlds, then their options, models and dtypes at a world where they show."""
+    """Every case that is possible: strategies alone, by world, option, model and dtype; then compositions."""
+    for case in _alone():
+        with suppress(ConfigError):  # a mesh that this model cannot be cut by
+            plan(case.config)
+            yield case
+
+
+def _alone() -> Iterator[Case]:
     for engine in engines():
         for name in strategies(engine):
+            strategy = find(engine, name)
             for world in WORLDS:
-                yield case(engine, name, world, "")
-            for label, options in _variants(find(engine, name).Options.model_fields):
-                yield case(engine, name, 3, label, options)
-            yield case(engine, name, 4, "replicas 2", {"replicas": 2})
-            yield case(engine, name, 4, "tied", model=TIED, data=Data(sequence=24, layout="padded"))
-            yield case(engine, name, 2, "one microbatch, no clipping", train={"microbatches": 1, "clip": None})
+                yield alone(engine, name, world, "")
+            for label, options in _variants(strategy.Options.model_fields):
+                yield alone(engine, name, 3 if strategy.AXIS == "dp" else 2, label, options)
+            if strategy.AXIS == "dp":
+                yield alone(engine, name, 4, "replicas 2", {"replicas": 2})
+            yield alone(engine, name, 4, "tied", model=TIED, data=Data(sequence=24, layout="padded"))
+            yield alone(engine, name, 2, "one microbatch, no clipping", train={"microbatches": 1, "clip": None})
             for dtype in ("float32", "bfloat16"):
-                yield case(engine, name, 2, dtype, dtype=dtype)
+                yield alone(engine, name, 2, dtype, dtype=dtype)
+
+
+def alone(
+    engine: str, strategy: str, degree: int, label: str, options: dict[str, Any] | None = None, **settings: Any
+) -> Case:
+    """One small case of a strategy by itself, and what is special about it."""
+    axis = find(engine, strategy).AXIS
+    name = f"{strategy}-{axis}{degree}" + (f", {label}" if label else "")
+    return case(engine, name, {axis: {"degree": degree, "strategy": strategy, **(options or {})}}, **settings)
 
 
 def case(
     engine: str,
-    strategy: str,
-    world: int,
-    label: str,
-    options: dict[str, Any] | None = None,
+    name: str,
+    mesh: dict[str, dict[str, Any]],
     *,
     model: Model = MODEL,
     data: Data = DATA,
     train: dict[str, Any] | None = None,
     dtype: str = "float64",
 ) -> Case:
-    """One small case: a strategy at a world, and what is special about it."""
-    small = {"bucket_mb": 0.02} if "bucket_mb" in find(engine, strategy).Options.model_fields else {}
-    axis = {"degree": world, "strategy": strategy, **small, **(options or {})}
-    config = Config(
-        name=f"{strategy}-dp{world}" + (f", {label}" if label else ""),
-        engine=engine,
-        mesh=Mesh.model_validate({"dp": axis}),
-        model=model,
-        data=data,
-        train=TRAIN.model_copy(update=train or {}),
-    )
-    return Case(fixture(config, dtype))
+    """One small case of any mesh: axis -> degree, strategy, options. Buckets are small, so that there are several."""
+    sections = Mesh.model_validate(mesh)
+    if "bucket_mb" in find(engine, sections.dp.strategy).Options.model_fields and "dp" in mesh:
+        sections = Mesh.model_validate(mesh | {"dp": {"bucket_mb": 0.02} | mesh["dp"]})
+    train_ = TRAIN.model_copy(update=train or {})
+    return Case(fixture(Config(name=name, engine=engine, mesh=sections, model=model, data=data, train=train_), dtype))
 
 
 def _variants(fields: dict[str, FieldInfo]) -> Iterator[tuple[str, dict[str, Any]]]:

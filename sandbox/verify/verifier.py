@@ -12,6 +12,7 @@ drift apart is the noise of the training itself:
 import functools
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 from sandbox.config import Config
 from sandbox.errors import SandboxError, UnsupportedError
 from sandbox.measure import align
-from sandbox.model import build, loss_sum
+from sandbox.model import loss_sum
 from sandbox.plan import plan, predict
 from sandbox.runtime import Member, launch
 from sandbox.trainer import Trainer
@@ -121,7 +122,7 @@ class Verifier:
 
     def _judge(self, verdict: Verdict, config: Config, reference: Reference, ranks: list[Capture]) -> None:
         steps = range(config.train.steps)
-        losses = [sum(rank.losses[step] for rank in ranks) for step in steps]
+        losses = [sum(rank.losses[step] for rank in ranks if not rank.place["tp"]) for step in steps]
         expected = reference.run.losses
         found = Findings(
             config=config,
@@ -141,7 +142,7 @@ class Verifier:
             weights=_weights(ranks, reference.rows, config),
             amounts="",
         )
-        predictions = predict(config, build(config.model, config.train.dtype))
+        predictions = predict(config)
         verdict.traffic = _amounts([p.traffic for p in predictions], [r.traffic for r in ranks])
         verdict.memory = _amounts([p.memory for p in predictions], [r.memory for r in ranks])
         found = replace(found, amounts=_unexpected(verdict.traffic, "sent") or _unexpected(verdict.memory, "held"))
@@ -228,25 +229,35 @@ def _worst(steps: Sequence[Sequence[Difference]]) -> list[Difference]:
 
 
 def _rows(ranks: Sequence[Capture], reference: Capture) -> str:
-    """What is wrong with the rows that the ranks saw, in words: each should be seen by one rank, with its tokens."""
+    """What is wrong with the rows that ranks saw, in words: each is for one data rank, with all of its tokens.
+
+    Ranks along cp share a row's columns; ranks along pp and tp see what their neighbours see.
+    """
     for step, expected in enumerate(reference.tokens):
-        seen = [entry for rank in ranks for entry in rank.tokens[step]]
-        rows = [row for row, _ in seen]
-        wanted = [row for row, _ in expected]
-        if sorted(rows) != sorted(wanted):
-            twice = sorted({row for row in rows if rows.count(row) > 1})
-            never = sorted(set(wanted) - set(rows))
-            parts = [f"rows {_list(twice)} were seen more than once"] if twice else []
-            parts += [f"rows {_list(never)} were never seen"] if never else []
-            return f"in step {step + 1}, {' and '.join(parts) or 'other rows were seen'}."
-        if sorted(seen) != sorted(expected):
-            other = sorted({row for row, _ in set(seen) - set(expected)})
-            return f"in step {step + 1}, rows {_list(other)} hold other tokens than the reference's."
+        wanted = dict(expected)
+        for stage in sorted({(rank.place["pp"], rank.place["tp"]) for rank in ranks}):
+            seen: dict[int, int] = defaultdict(int)
+            owners: dict[int, set[tuple[int, int]]] = defaultdict(set)
+            for rank in (rank for rank in ranks if (rank.place["pp"], rank.place["tp"]) == stage):
+                for row, checksum in rank.tokens[step]:
+                    seen[row] += checksum
+                    owners[row].add((rank.place["dp_replicate"], rank.place["dp_shard"]))
+            twice = sorted(row for row, who in owners.items() if len(who) > 1)
+            never = sorted(set(wanted) - set(seen))
+            if twice or never or set(seen) - set(wanted):
+                parts = [f"rows {_list(twice)} were seen more than once"] if twice else []
+                parts += [f"rows {_list(never)} were never seen"] if never else []
+                return f"in step {step + 1}, {' and '.join(parts) or 'other rows were seen'}."
+            other = sorted(row for row, checksum in seen.items() if (checksum - wanted[row]) % 2**64)
+            if other:
+                return f"in step {step + 1}, rows {_list(other)} hold other tokens than the reference's."
     return ""
 
 
 def _weights(ranks: Sequence[Capture], rows: Sequence[RowLoss], config: Config) -> str:
     """Which wrong weighting of rows, if any, explains each rank's share of the first step's loss."""
+    if config.mesh.world != config.mesh.dp.degree:
+        return ""  # ranks that share rows do not have losses of their own
     parts = [
         [[rows[row] for row in part] for part in _split([row for row, _ in rank.tokens[0]], config.train.microbatches)]
         for rank in ranks
