@@ -4,6 +4,9 @@
     all_reduce        the sum, everywhere                  2 (n-1)/n P
     reduce_scatter    the sum of its own part              P - own part
     all_gather        all parts                            (n-1) own part
+    all_to_all        its part of every rank's whole       P - own part
+    send (pass_on)    what the previous rank held          P
+    send, receive     what one rank sent to another        P, and nothing
 
 On gloo, reduce_scatter and all_gather are direct exchanges: every rank sends each other rank just what that rank needs,
 from where it lies to where it belongs. gloo's own reduce_scatter is an all_reduce and a slice (twice the bytes) and its
@@ -17,6 +20,7 @@ Lower bounds: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for c
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,7 +28,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Axis", "Board", "Event", "Pending", "Recorder", "all_gather", "all_reduce", "reduce_scatter", "ring_bytes"]
+__all__ = [
+    "Axis",
+    "Board",
+    "Event",
+    "Pending",
+    "Recorder",
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
+    "pass_on",
+    "receive",
+    "reduce_scatter",
+    "ring_bytes",
+    "send",
+]
+
+FIRST_TAG = 16
+"""Tags below are for the collectives made of messages, each its own."""
 
 SMALL = 2**20
 """Bytes up to which one hop beats a ring of two ranks, although it adds twice as much."""
@@ -88,15 +109,20 @@ class Axis:
         return " x ".join(self.names)
 
 
+_watchers = ThreadPoolExecutor(64, "watcher")  # of a detailed recorder's collectives; starts no thread before the first
+
+
 class Pending:
     """A collective under way. `wait` returns its result; `finish` is what is left to do when the bytes have come."""
 
     def __init__(self, axis: Axis, event: Event, works: Sequence[dist.Work], finish: Callable[[], Tensor]) -> None:
         self._axis, self._event, self._works, self._finish = axis, event, works, finish
-        if axis.recorder.detailed and works:
-            works[-1].get_future().add_done_callback(self._ended)
+        # gloo tells of the end of a send or receive only to whoever waits for it: for a timeline, somebody must at once
+        self._landed = _watchers.submit(self._land) if axis.recorder.detailed and works else None
 
-    def _ended(self, _: object) -> None:
+    def _land(self) -> None:
+        for work in self._works:
+            work.wait()
         self._event.end = time.perf_counter()
 
     def wait(self) -> Tensor:
@@ -104,11 +130,12 @@ class Pending:
         recorder, event = self._axis.recorder, self._event
         if recorder.board:
             recorder.board.enter(event.number, event.op, event.axis, round(event.bytes))
-        for work in self._works:
-            work.wait()
+        if self._landed:
+            self._landed.result()
+        else:
+            self._land()
         if recorder.board:
             recorder.board.leave()
-        event.end = event.end or time.perf_counter()
         return self._finish()
 
 
@@ -168,6 +195,49 @@ def all_gather(flat: Tensor, sizes: Sequence[int], axis: Axis) -> Pending:
             axis, event, (_work(dist.all_gather(parts, own, group=axis.group, async_op=True)),), lambda: flat
         )
     return Pending(axis, event, _exchange([own] * axis.size, parts, axis, tag=3), lambda: flat)
+
+
+def all_to_all(
+    flat: Tensor, sizes: Sequence[int], landing: Tensor, landing_sizes: Sequence[int], axis: Axis
+) -> Pending:
+    """Send each rank its part of `flat` [sum(sizes)]; fill `landing` [sum(landing_sizes)] with what each sends here."""
+    outgoing, incoming = flat.split(list(sizes)), landing.split(list(landing_sizes))
+    event = axis.recorder.launch("all_to_all", axis.name, _bytes(flat) - _bytes(outgoing[axis.rank]))
+    if flat.is_cuda:
+        work = dist.all_to_all_single(landing, flat, list(landing_sizes), list(sizes), group=axis.group, async_op=True)
+        return Pending(axis, event, (_work(work),), lambda: landing)
+    incoming[axis.rank].copy_(outgoing[axis.rank])
+    return Pending(axis, event, _exchange(outgoing, incoming, axis, tag=4), lambda: landing)
+
+
+def pass_on(tensor: Tensor, landing: Tensor, axis: Axis) -> Pending:
+    """Send `tensor` to the next rank of `axis`, the last to the first; fill `landing` with what the previous sends."""
+    event = axis.recorder.launch("send", axis.name, _bytes(tensor))
+    target, source = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
+    if tensor.is_cuda:  # as one operation, or each of two ranks could wait for the other to receive
+        give = dist.P2POp(dist.isend, tensor, group=axis.group, group_peer=target)
+        take = dist.P2POp(dist.irecv, landing, group=axis.group, group_peer=source)
+        return Pending(axis, event, dist.batch_isend_irecv([give, take]), lambda: landing)
+    receiving = _work(dist.irecv(landing, group=axis.group, group_src=source, tag=5))
+    sending = _work(dist.isend(tensor, group=axis.group, group_dst=target, tag=5))
+    return Pending(axis, event, (receiving, sending), lambda: landing)
+
+
+def send(tensor: Tensor, axis: Axis, to: int, tag: int, op: str = "send") -> Pending:
+    """Send `tensor` to rank `to` of the axis; it must be left alone until the wait is over. Tags tell messages apart.
+
+    On gloo ranks may ask for messages in any order. NCCL knows no tags: there the order must be the same on both ends.
+    """
+    event = axis.recorder.launch(op, axis.name, _bytes(tensor))
+    work = _work(dist.isend(tensor, group=axis.group, group_dst=to, tag=FIRST_TAG + tag))
+    return Pending(axis, event, (work,), lambda: tensor)
+
+
+def receive(landing: Tensor, axis: Axis, source: int, tag: int, op: str = "receive") -> Pending:
+    """Fill `landing` with what rank `source` of the axis sends under that tag."""
+    event = axis.recorder.launch(op, axis.name, 0)
+    work = _work(dist.irecv(landing, group=axis.group, group_src=source, tag=FIRST_TAG + tag))
+    return Pending(axis, event, (work,), lambda: landing)
 
 
 def _exchange(outgoing: Sequence[Tensor], incoming: Sequence[Tensor], axis: Axis, tag: int) -> list[dist.Work]:

@@ -211,6 +211,11 @@ class Config(Section):
         """The same training on one rank, with an empty plan: what sharded runs are held against."""
         return self.model_copy(update={"engine": "native", "mesh": Mesh()})
 
+    @property
+    def passes(self) -> int:
+        """Backward passes a step, as the data axis sees them: a pipeline runs all microbatches as one."""
+        return 1 if self.mesh.pp.degree > 1 else self.train.microbatches
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         least = self.mesh.dp.degree * self.train.microbatches

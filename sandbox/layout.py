@@ -26,6 +26,7 @@ class Layout:
     size: tuple[int, ...]
     span: tuple[int, int] | None = None  # start, stop within the flattened box
     sharded: tuple[str, ...] = ()  # axes over which ranks hold different pieces; over all others, the same one
+    copy: int = 0  # if several ranks along `sharded` hold this piece all the same: which of them this one is
 
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> Self:

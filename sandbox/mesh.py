@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import cast
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -40,6 +42,17 @@ class Mesh:
         if wide not in self._axes:
             self._axes[wide] = self._make(wide, names)
         return self._axes[wide]
+
+    def part(self, name: str, start: int, stop: int) -> Axis:
+        """The ranks [start, stop) along an axis as an axis of its own. This rank must be one of them."""
+        whole = self.axis(name)
+        if (start, stop) == (0, whole.size):
+            return whole
+        group = None
+        if whole.group is not None and stop - start > 1:
+            ranks = dist.get_process_group_ranks(whole.group)[start:stop]
+            group = cast(dist.ProcessGroup, dist.new_group(ranks, use_local_synchronization=True))
+        return replace(whole, size=stop - start, rank=whole.rank - start, group=group)
 
     @property
     def data(self) -> Axis:

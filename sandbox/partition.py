@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sandbox.layout import Layout
 
-__all__ = ["Partition", "Place", "by_ranges", "by_rows"]
+__all__ = ["Partition", "Place", "by_ranges", "by_rows", "even"]
 
 Span = tuple[int, int]
 Place = tuple[int, int, int]
@@ -77,7 +77,7 @@ class Partition:
 
 def by_ranges(params: Mapping[str, nn.Parameter], ranks: int) -> Partition:
     """Cut the concatenation of `params` into one range a rank."""
-    bounds = [0, *accumulate(_even(sum(p.numel() for p in params.values()), ranks))]
+    bounds = [0, *accumulate(even(sum(p.numel() for p in params.values()), ranks))]
     spans: list[dict[str, Span]] = [{} for _ in range(ranks)]
     begin = 0
     for name, param in params.items():
@@ -94,7 +94,7 @@ def by_rows(params: Mapping[str, nn.Parameter], ranks: int) -> Partition:
     extra = 0  # who got the last odd row: the next odd row goes to the next rank, so that parts stay of a size
     for name, param in params.items():
         rows, width = param.shape[0], math.prod(param.shape[1:])
-        sizes = _even(rows, ranks)
+        sizes = even(rows, ranks)
         sizes = sizes[-extra:] + sizes[:-extra] if extra else sizes
         extra = (extra + rows) % ranks
         for mine, (low, high) in zip(spans, pairwise([0, *accumulate(sizes)]), strict=True):
@@ -102,5 +102,6 @@ def by_rows(params: Mapping[str, nn.Parameter], ranks: int) -> Partition:
     return Partition({name: p.shape for name, p in params.items()}, spans, rows=True)
 
 
-def _even(total: int, parts: int) -> list[int]:
+def even(total: int, parts: int) -> list[int]:
+    """`total` in `parts` that differ by one at most, the larger ones first."""
     return [total // parts + (rank < total % parts) for rank in range(parts)]

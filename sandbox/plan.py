@@ -9,6 +9,7 @@ A strategy is a module, found by its place: `sandbox/strategies/NAME.py` for the
     predict         (model on meta, mesh on paper, options, config) -> Prediction
 
     check           optional: (config, options) -> None, raises ConfigError with the nearest setting that would work
+    schedule        optional: (config, options) -> Schedule, who does what when, for `explain` to draw
 
 and its docstring is what `sandbox explain` prints. An engine's package may hold UNSUPPORTED: strategy -> reason.
 """

@@ -50,7 +50,9 @@ class Program:
     shard_batch: Callable[[Batch], Batch]  # the rows and columns that this rank sees
     loss: Callable[[Tensor, Tensor], Tensor]  # (logits, targets) as this rank has them -> sum over valid targets
     forward_backward: ForwardBackward  # (finished program, microbatches, valid targets of the step) -> local loss
+    evaluate: "Callable[[Program, Batch], Tensor]"  # (finished program, batch) -> local sum of losses, no gradients
     begin: Callable[[bool], None]  # a backward pass comes; is it the last of the step?
+    complete: Callable[[str], bool]  # something was added to a parameter's gradient: is it all, for this pass?
     grad_ready: Callable[[str], None]  # the gradient of a parameter of the model is complete for this backward pass
     reduce_grads: Callable[[], None]  # the backward pass is over: finish what is left to synchronise
     make_optimizer: "Callable[[Program], torch.optim.Optimizer]"
@@ -75,7 +77,9 @@ def unsharded(config: Config, mesh: Mesh, device: torch.device) -> Program:
         shard_batch=lambda batch: batch,
         loss=loss_sum,
         forward_backward=accumulate,
+        evaluate=lambda program, batch: program.loss(program.model(batch), batch.targets),
         begin=lambda final: None,
+        complete=lambda name: True,
         grad_ready=lambda name: None,
         reduce_grads=lambda: None,
         make_optimizer=make_optimizer,
@@ -159,11 +163,7 @@ def clip(program: Program, most: float | None, mesh: Mesh) -> Tensor:
     first = {axis: mesh.axis(axis).rank == 0 for axis in mesh.degrees}
     grads = {name: p.grad for name, p in program.parameters.items() if p.grad is not None}
     sharded = {axis for layout in program.layout.values() for axis in layout.sharded}
-    counted = [
-        grad
-        for name, grad in grads.items()
-        if not sharded or all(first[axis] or axis in program.layout[name].sharded for axis in mesh.degrees)
-    ]
+    counted = [grad for name, grad in grads.items() if not sharded or _counts(program.layout[name], first)]
     square = torch.zeros((), dtype=torch.float64)
     if counted:
         square = torch.stack([n.double() for n in torch._foreach_norm(counted)]).square().sum()
@@ -173,3 +173,7 @@ def clip(program: Program, most: float | None, mesh: Mesh) -> Tensor:
     if most is not None and grads:
         torch._foreach_mul_(list(grads.values()), min(1.0, most / (norm.item() + 1e-6)))
     return norm
+
+
+def _counts(layout: Layout, first: Mapping[str, bool]) -> bool:
+    return layout.copy == 0 and all(first[axis] or axis in layout.sharded for axis in first)

@@ -39,7 +39,7 @@ class Trainer:
         self.optimizer = self.program.make_optimizer(self.program)
         self.step = 0
         for name, param in self.program.model.named_parameters():
-            param.register_post_accumulate_grad_hook(lambda _, name=name: self.program.grad_ready(name))
+            param.register_post_accumulate_grad_hook(lambda _, name=name: self._accumulated(name))
 
     def run(self) -> Iterator[Step]:
         """Train to the last step."""
@@ -91,7 +91,13 @@ class Trainer:
         total = torch.zeros(2, dtype=torch.float64)
         for batch in self.corpus.held_out_batches(self.config.train.eval_batches, rows=self.config.train.batch):
             local = self.program.shard_batch(batch).to(self.device)
-            loss = self.program.loss(self.program.model(local), local.targets)
-            total += torch.tensor([loss.item(), local.valid], dtype=torch.float64)
-        summed, valid = all_reduce(total, self.mesh.axis("dp_replicate", "dp_shard", "cp"), "loss").wait().tolist()
-        return float(summed / max(1.0, valid))
+            loss = self.program.evaluate(self.program, local)
+            valid = local.valid if self.mesh.axis("pp").rank == 0 else 0  # once, of the ranks that see the same rows
+            total += torch.tensor([loss.item(), valid], dtype=torch.float64)
+        everyone = self.mesh.axis("pp", "dp_replicate", "dp_shard", "cp")
+        summed, count = all_reduce(total, everyone, "loss").wait().tolist()
+        return float(summed / max(1.0, count))
+
+    def _accumulated(self, name: str) -> None:
+        if self.program.complete(name):
+            self.program.grad_ready(name)

@@ -8,6 +8,7 @@ holds only its part of it, [N_dp] of [N] elements. In forward and again in backw
 so that bytes travel while the rank computes, and two units at most are whole at once. The last block and the head
 are kept from forward to backward, for they would be gathered again at once; backward of the embedding needs no weight.
 A unit's gradients are reduced as soon as they are complete, and its parameters freed with them.
+In a pipeline, whose microbatches take turns, units stay whole from their first use in a step to their last.
 
 To free is to shrink the storage to nothing: the parameters, and what autograd saved of them, stay valid views of it and
 are whole again when the storage is filled again.
@@ -126,7 +127,8 @@ def gather_on_use(
     compute = program.model.dtype
     assert isinstance(compute, torch.dtype)
     units = cut_units(program.model)
-    narrow = each or program.config.train.microbatches == 1  # what adds up locally needs the full precision
+    reshard_after_forward &= program.config.mesh.pp.degree == 1  # a pipeline would gather anew for each microbatch
+    narrow = each or program.config.passes == 1  # what adds up locally needs the full precision
     shards = [Shard(unit, cut, axis, program, compute, compute if narrow else None) for unit in units]
     replace_parameters(program.model, {name: p for shard in shards for name, p in shard.bucket.params.items()})
     sums = ScatterSum(axis, mesh.axis("dp_replicate"), shards[0].part.dtype)
@@ -151,7 +153,7 @@ def gather_on_use(
                 shards[number].free()
 
         for module in unit.modules:
-            module.register_forward_pre_hook(before)
+            module.register_forward_pre_hook(before, prepend=True)  # other hooks may read the parameters
         unit.modules[-1].register_forward_hook(after)
 
     busy: set[int] = set()  # units whose backward has begun: a recomputed forward must not free them
@@ -197,7 +199,8 @@ def predict_units(
     axis, replicate = mesh.axis("dp_shard", "cp"), mesh.axis("dp_replicate")
     item = next(model.parameters()).element_size()
     short = 2 if config.train.dtype == "bfloat16" else item  # what is gathered, and what backward yields
-    passes = config.train.microbatches
+    passes = config.passes
+    reshard_after_forward &= config.mesh.pp.degree == 1
     gathered = reduced = held = 0
     replicas = 0.0
     for unit in cut_units(model):

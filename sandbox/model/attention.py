@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from sandbox.batch import Batch
 from sandbox.config import Model
-from sandbox.model.layers import Linear, norm, wide
+from sandbox.model.layers import Linear, Linears, each, norm, wide
 
 __all__ = ["Attention", "Core", "attend", "visible"]
 
@@ -30,7 +30,8 @@ T = TypeVar("T")
 
 
 class Attention(nn.Module):
-    """Projections around `core`, the attention proper, which context parallelism replaces.
+    """Projections around `core`, the attention proper, which context parallelism replaces, as tensor parallelism does
+    with `linears`, those of the projections that share the input.
 
     The number of heads is read off the projections' outputs, so that tensor parallelism may cut the projections.
     """
@@ -46,13 +47,13 @@ class Attention(nn.Module):
         self.o = Linear(config.heads * self.head_width, width, bias, dtype=dtype)
         self.q_norm = norm(config, self.head_width, dtype) if config.qk_norm else nn.Identity()
         self.k_norm = norm(config, self.head_width, dtype) if config.qk_norm else nn.Identity()
+        self.linears: Linears = each
         self.core: Core = attend
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for project in (self.q, self.k, self.v)
-        )
+        projected = self.linears(x, self.q, self.k, self.v)
+        q, k, v = (y.unflatten(-1, (-1, self.head_width)).transpose(1, 2) for y in projected)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
             cos, sin = _angles(batch, self.head_width, wide(x.dtype))

@@ -4,13 +4,18 @@ A weight is cast on use, so its gradient arrives in the parameter's own dtype: f
 compute accumulate in float32. Where the dtypes agree the cast is free.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sandbox.config import Model
 
-__all__ = ["MLP", "Embedding", "LayerNorm", "Linear", "RMSNorm", "norm", "wide"]
+__all__ = ["MLP", "Embedding", "LayerNorm", "Linear", "Linears", "RMSNorm", "each", "norm", "wide"]
+
+Linears = Callable[..., tuple[Tensor, ...]]
+"""`linears(x, *layers)`: the output of each of `layers` for the same `x`."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -61,8 +66,16 @@ def norm(config: Model, width: int, dtype: torch.dtype) -> nn.Module:
     return LayerNorm(width, eps=1e-5, bias=config.bias, dtype=dtype)
 
 
+def each(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """All of `layers` of the same input."""
+    return tuple(layer(x) for layer in layers)
+
+
 class MLP(nn.Module):
-    """Two linears around a GELU, or three around a gate: Shazeer, "GLU Variants Improve Transformer", 2020."""
+    """Two linears around a GELU, or three around a gate: Shazeer, "GLU Variants Improve Transformer", 2020.
+
+    `linears` computes those that share the input; tensor parallelism replaces it.
+    """
 
     def __init__(self, config: Model, dtype: torch.dtype) -> None:
         super().__init__()
@@ -70,9 +83,15 @@ class MLP(nn.Module):
         self.gate = Linear(width, hidden, bias, dtype=dtype) if config.mlp == "swiglu" else None
         self.up = Linear(width, hidden, bias, dtype=dtype)
         self.down = Linear(hidden, width, bias, dtype=dtype)
+        self.linears: Linears = each
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
-        hidden = F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
+        if self.gate is None:
+            (up,) = self.linears(x, self.up)
+            hidden = F.gelu(up)
+        else:
+            gate, up = self.linears(x, self.gate, self.up)
+            hidden = F.silu(gate) * up
         out: Tensor = self.down(hidden)
         return out

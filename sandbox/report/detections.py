@@ -21,7 +21,7 @@ def show(console: Console, pairs: Iterable[tuple[Fault, Verdict, Verdict]]) -> N
         figures = (worst.tensor, error(worst.error), f"{worst.ratio:.4f}", f"{worst.cos:.4f}") if worst else ("",) * 4
         kind = sick.cause.split(":")[0] if sick.status == "mismatch" else f"{sick.status}, not {fault.kind}"
         table.add_row(
-            "✓" if good else "✗", fault.name, f"{fault.strategy} dp {fault.world}", *figures, kind, MARKS[clean.status]
+            "✓" if good else "✗", fault.name, f"{fault.strategy} {sick.mesh}", *figures, kind, MARKS[clean.status]
         )
         caught, held, total = caught + good, held + (clean.status == "held"), total + 1
     console.print(table)

@@ -7,6 +7,7 @@ from rich.table import Table
 from sandbox.config import Config, Mesh
 from sandbox.model import build
 from sandbox.plan import Strategy, predict
+from sandbox.report.schedule import text as draw
 from sandbox.report.words import size
 from sandbox.verify.matrix import DATA, MODEL, TRAIN
 
@@ -33,6 +34,10 @@ def show(console: Console, strategy: Strategy, engine: str, name: str, config: C
         config = config.model_copy(
             update={"engine": engine, "mesh": config.mesh.model_copy(update={strategy.AXIS: axis})}
         )
+    schedule = getattr(strategy, "schedule", None)
+    if schedule:
+        console.print()
+        console.print(draw(schedule(config, strategy.Options(**axis.options)), console.width), highlight=False)
     model = build(config.model, config.train.dtype)
     ranks = predict(config)
     parameters = sum(p.numel() for p in model.parameters())

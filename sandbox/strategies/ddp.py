@@ -70,7 +70,7 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
     axis = mesh.axis("dp_replicate", "dp_shard", "cp")
     params = dict(model.named_parameters())
     whole = bytes_of(params.values())
-    rounds = config.train.microbatches if options.sync == "each" else 1
+    rounds = config.passes if options.sync == "each" else 1
     sent = sum(ring_bytes(bytes_of(b.params.values()), axis.size) for b in cut_buckets(params, options.bucket_mb))
     return Prediction(
         traffic={f"all_reduce {axis.name}": rounds * sent},

@@ -57,7 +57,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
 
 def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
     """Bytes sent in one step and held after it, by this rank."""
-    rounds = config.train.microbatches if options.sync == "each" else 1
+    rounds = config.passes if options.sync == "each" else 1
     traffic, part = shard_traffic(model, mesh, options.bucket_mb, rounds)
     return Prediction(
         traffic=traffic,

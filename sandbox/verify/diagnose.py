@@ -3,11 +3,12 @@
 What is looked at first is what happens first: initial values, data, gradients of the first step, their norm, the
 parameters after it, later steps. Within the gradients, one ratio everywhere with cosine 1 is a wrong scale, one ratio
 on a class of parameters a reduction that this class missed or got twice, ranks that disagree a reduction that did not
-happen, and a cosine below 1 wrong weights or wrong data.
+happen, and a cosine below 1 wrong weights or wrong data. If the loss is right and gradients are up to some layer, and
+wrong from there down, backward went wrong in that layer.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sandbox.config import Config
@@ -73,9 +74,10 @@ def _gradients(found: Findings) -> str:
 
 
 def _pattern(found: Findings, wrong: Sequence[Difference], all_: Sequence[Difference]) -> str:
-    if all(0 < d.error < 2**-6 and abs(d.ratio - 1) < 2**-8 for d in wrong) and len(wrong) > len(all_) / 2:
+    close = all(0 < d.error < 2**-4 and d.cos > 1 - 2**-10 for d in wrong) and _middle(d.error for d in wrong) < 2**-6
+    if close and _middle(abs(d.ratio - 1) for d in wrong) < 2**-8 and len(wrong) > len(all_) / 2:
         return (
-            f"precision: {len(wrong)} of {len(all_)} gradients are off by about {wrong[0].error:.0e}, in no direction: "
+            f"precision: {len(wrong)} of {len(all_)} gradients are off by up to {wrong[0].error:.0e}, in no direction: "
             "they were rounded to a narrower type on the way."
         )
     straight = all(d.cos > 1 - 1e-9 for d in wrong)
@@ -84,12 +86,39 @@ def _pattern(found: Findings, wrong: Sequence[Difference], all_: Sequence[Differ
         which = "every gradient is" if len(wrong) == len(all_) else f"the gradients of {_class(wrong, all_)} are"
         kind = "scale" if len(wrong) == len(all_) else "reduction"
         return f"{kind}: {which} {ratio:.4f} times the reference{_factor(ratio, found.config)}."
+    if found.losses[0] <= found.tolerance and (layer := _cut_short(wrong, all_)):
+        return (
+            f"backward: the loss is right, and so are the gradients that backward meets before it leaves {layer}; all "
+            "that come after are wrong. What is computed there has a wrong derivative, or some of it was not passed on."
+        )
     if len(wrong) < len(all_):
         return (
             f"reduction: only {_class(wrong, all_)} differ ({len(wrong)} of {len(all_)}); worst ratio {ratio:.4f}, "
             f"cos {wrong[0].cos:.4f}: they miss the share of some ranks or microbatches, or hold another's."
         )
     return ""
+
+
+def _cut_short(wrong: Sequence[Difference], all_: Sequence[Difference]) -> str:
+    """The layer in which backward goes wrong, if most gradients are: all before it in the model, none behind it."""
+    names, every = {d.tensor for d in wrong}, {d.tensor for d in all_}
+    last = max(map(_depth, names))
+    split = names >= {n for n in every if _depth(n) < last} and names < every
+    if not split or len(names) <= len(every) / 2:
+        return ""
+    parts = next(name for name in names if _depth(name) == last).split(".")
+    return ".".join(parts[: 2 if parts[0] == "blocks" else 1])
+
+
+def _depth(name: str) -> int:
+    """Place of a parameter's layer in the model: the embedding, the blocks, the norm, the head."""
+    first, *rest = name.split(".")
+    return int(rest[0]) + 1 if first == "blocks" else {"embed": 0, "norm": 2**30, "head": 2**30 + 1}.get(first, 0)
+
+
+def _middle(values: Iterable[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
 
 
 def _weights(found: Findings, wrong: Sequence[Difference]) -> str:
@@ -157,6 +186,8 @@ def _factor(ratio: float, config: Config) -> str:
         "mesh.dp.degree": dp,
         "mesh.dp.replicas": replicas,
         "mesh.dp.degree / replicas": dp / replicas,
+        "mesh.cp.degree": config.mesh.cp.degree,
+        "mesh.tp.degree": config.mesh.tp.degree,
         "train.microbatches": config.train.microbatches,
         "the number of ranks": config.mesh.world,
     }

@@ -51,12 +51,19 @@ def _alone() -> Iterator[Case]:
 
 
 def alone(
-    engine: str, strategy: str, degree: int, label: str, options: dict[str, Any] | None = None, **settings: Any
+    engine: str,
+    strategy: str,
+    degree: int,
+    label: str,
+    options: dict[str, Any] | None = None,
+    beside: dict[str, dict[str, Any]] | None = None,
+    **settings: Any,
 ) -> Case:
-    """One small case of a strategy by itself, and what is special about it."""
+    """One small case of a strategy by itself, or `beside` other axes, and what is special about it."""
     axis = find(engine, strategy).AXIS
     name = f"{strategy}-{axis}{degree}" + (f", {label}" if label else "")
-    return case(engine, name, {axis: {"degree": degree, "strategy": strategy, **(options or {})}}, **settings)
+    mesh = {axis: {"degree": degree, "strategy": strategy, **(options or {})}, **(beside or {})}
+    return case(engine, name, mesh, **settings)
 
 
 def case(

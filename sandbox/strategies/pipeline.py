@@ -1,0 +1,250 @@
+"""Pipeline parallelism: the model is cut into stages, and microbatches follow one another through them.
+
+    tensor            before        in use         after backward
+    parameter W       W_pp          -              -              those of the rank's stages, whole
+    gradient  G       -             -              G_pp           summed over microbatches
+    hidden    X       -             X[b, S, D]     -              from stage to stage; its gradient on the way back
+    batch     B       B[M b, S]     B[b, S]        -              everywhere; the first reads tokens, the last targets
+
+`schedule: 1f1b` with 3 ranks and 5 microbatches; F forward, B backward, which takes twice as long; `.` is the bubble:
+
+    rank 0   F0 F1 F2 .  .  .  .  B0 B0 F3 B1 B1 F4 B2 B2 .  B3 B3 .  B4 B4
+    rank 1   .  F0 F1 .  .  B0 B0 F2 B1 B1 F3 B2 B2 F4 B3 B3 .  B4 B4 .  .
+    rank 2   .  .  F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3 F4 B4 B4 .  .  .  .
+
+Bubble, the idle part of P ranks' time, for M microbatches, with v stages a rank and F = B of inputs = W of weights:
+
+    gpipe, 1f1b                   (P-1) / (M + P-1)
+    interleaved, breadth_first    (P-1) / (v M + P-1)
+    zb_h1                         (P-1) / (3 M + P-1)
+    zbv, dualpipe_v               (P-1) / (6 M + P-1)
+
+Microbatches whose activations a rank keeps, at most: gpipe and breadth_first M; 1f1b, zb_h1 and zbv P; interleaved
+P + (P-1)/v; dualpipe_v P + 1/2. `schedules.py` makes, checks and measures them.
+
+Bytes sent by a rank in one step: X = B S D elements over all microbatches for each border between a stage of its own
+and one of another rank: forward where its stage comes first, backward where it comes second. A tied embedding lies on
+the first and the last rank, and each sends the other its gradient, V D, unless that is one rank, as in a V.
+Memory: parameters, gradients and optimizer state of the rank's stages, 1/P of the model.
+
+Gradients of all microbatches add up, and the data strategy reduces once a step: each gradient when its last microbatch
+has added to it. ZeRO-3 and FSDP keep a stage's parameters whole for the step, for they would be gathered anew for every
+microbatch. In the zero-bubble schedules B computes gradients of inputs, and those of matrices wait for W: until then
+the inputs of linears and the gradients of their outputs are kept; nothing is computed twice.
+
+Sources: Huang et al., "GPipe", 2019; Narayanan et al., Megatron-LM, SC 2021 (1f1b, interleaved); Lamy-Poirier,
+"Breadth-First Pipeline Parallelism", 2023; Qi et al., "Zero Bubble Pipeline Parallelism", 2023, and "Pipeline
+Parallelism with Controllable Memory", 2024 (zbv); DeepSeek-AI, DeepSeek-V3, 2024, and DualPipe, 2025 (dualpipe_v).
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from sandbox.batch import Batch
+from sandbox.comm import Axis
+from sandbox.config import Config
+from sandbox.config import Options as Base
+from sandbox.errors import ConfigError
+from sandbox.mail import Mail
+from sandbox.mesh import Mesh
+from sandbox.model import Transformer
+from sandbox.partition import even
+from sandbox.predict import Prediction, bytes_of, state_copies
+from sandbox.program import Program
+from sandbox.schedules import LOOPED, VS, Action, Schedule, make
+from sandbox.stages import Stage, WeightsLater, completed, cut, keep, shared_weight, view
+
+AXIS = "pp"
+
+Name = Literal["gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zbv", "dualpipe_v"]
+
+
+class Options(Base):
+    """Options of `pipeline`."""
+
+    schedule: Name = Field("1f1b", description="which rank does what when")
+    stages: int | None = Field(None, ge=1, description="stages on each rank; default: 2 if there can be several")
+    cut: Literal["layers", "parameters"] = Field(
+        "layers", description="stages of as many layers, embedding and head being one each; or of as many parameters"
+    )
+
+
+def check(config: Config, options: Options) -> None:
+    """Refuse more stages than there are parts, and several a rank where the schedule has one."""
+    name, degree, layers = options.schedule, config.mesh.pp.degree, config.model.layers
+    each = _each(options)
+    if options.stages not in (None, each):
+        raise ConfigError(
+            f"mesh.pp.stages {options.stages}: schedule {name} has {each} on each rank. "
+            f"Set mesh.pp.stages: {each}, or mesh.pp.schedule: {' or '.join(LOOPED)}."
+        )
+    if degree * each > layers + 2:
+        fits = (layers + 2) // each
+        degrees = f", or mesh.pp.degree: {fits}" if fits > 1 else ""
+        raise ConfigError(
+            f"mesh.pp.degree {degree} with {each} stage{'s' if each > 1 else ''} on each rank needs {degree * each} "
+            f"parts, but embedding, {layers} layers and head are {layers + 2}. "
+            f"Set model.layers: {degree * each - 2}{degrees}."
+        )
+
+
+def apply(program: Program, mesh: Mesh, options: Options) -> Program:
+    """Return `program` with this rank's stages, run by the schedule."""
+    axis, model = mesh.axis("pp"), program.model
+    assert isinstance(model, Transformer)
+    order, stages, tied = _plan(model, program.config, options)
+    keep(model, [stages[stage] for stage in order.held(axis.rank)])
+    names = [name for name, _ in model.named_parameters()]
+    pipeline = Pipeline(axis, order, stages, tied)
+
+    def grad_ready(name: str) -> None:
+        program.grad_ready(name)
+        pipeline.closing.pop(name, None)
+
+    return replace(
+        program,
+        parameters={name: program.parameters[name] for name in names},
+        layout={
+            name: replace(
+                program.layout[name],
+                sharded=(*program.layout[name].sharded, *axis.names),
+                copy=int(name == tied and axis.rank == order.ends[1]),
+            )
+            for name in names
+        },
+        forward_backward=pipeline.forward_backward,
+        evaluate=pipeline.evaluate,
+        complete=lambda name: name in pipeline.closing,
+        grad_ready=grad_ready,
+    )
+
+
+def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
+    """Bytes sent in one step and held after it, by this rank; cuts `model` down to its stages."""
+    axis = mesh.axis("pp")
+    assert isinstance(model, Transformer)
+    order, stages, tied = _plan(model, config, options)
+    item, own = model.dtype.itemsize, next(model.parameters()).element_size()
+    keep(model, [stages[stage] for stage in order.held(axis.rank)])
+    rows = even(config.train.batch, mesh.data.size)[mesh.data.rank]
+    sent = order.messages(axis.rank) * rows * _columns(mesh, config) * config.model.width * item
+    if tied and axis.rank in order.ends:
+        tp = mesh.axis("tp")
+        sent += even(config.model.padded_vocab, tp.size)[tp.rank] * config.model.width * own
+    whole = bytes_of(model.parameters())
+    memory = {"parameters": whole, "gradients": whole, "optimizer": state_copies(config.train) * whole}
+    return Prediction({f"send {axis.name}": sent}, memory)
+
+
+class Pipeline:
+    """Runs a rank's actions. What an action needs was asked for one action earlier, and travels meanwhile."""
+
+    def __init__(self, axis: Axis, schedule: Schedule, stages: list[Stage], tied: str | None) -> None:
+        self.axis, self.schedule, self.stages, self.tied = axis, schedule, stages, tied
+        self.order = schedule.orders[axis.rank]
+        self.mail = Mail(axis, schedule)
+        self.closing: dict[str, None] = {}  # parameters whose gradient the action under way completes
+
+    def forward_backward(self, program: Program, microbatches: list[Batch], valid: float) -> Tensor:
+        """Run the schedule -> this rank's share of the loss: on the rank of the last stage all, elsewhere 0."""
+        self._start(program, microbatches)
+        program.begin(True)
+        closing = completed(program.model, [self._views[action.stage] for action in self.order], besides=self.tied)
+        for number, action in enumerate(self.order):
+            self.mail.ask(self.order[number : number + 2])
+            self.closing = dict.fromkeys(closing[number])
+            if action.kind == "F":
+                self._forward(action, valid)
+            elif action.kind == "B":
+                self._backward(action)
+            else:
+                self._later.pop((action.stage, action.microbatch)).run()
+            for name in list(self.closing):  # of those that this action added to, autograd has told
+                program.grad_ready(name)
+        if self.tied and self.axis.rank in self.schedule.ends:
+            self.mail.add_gradients(program.model.get_parameter(self.tied), self.schedule.ends)
+            program.grad_ready(self.tied)
+        self.mail.close()
+        program.reduce_grads()
+        return self._loss
+
+    def evaluate(self, program: Program, batch: Batch) -> Tensor:
+        """The sum of losses of one batch, without gradients."""
+        self._start(program, [batch])
+        for stage in self.schedule.held(self.axis.rank):
+            action = Action("F", stage, 0)
+            self.mail.ask([action])
+            self._forward(action, valid=1)
+        self.mail.close()
+        return self._loss
+
+    def _start(self, program: Program, batches: list[Batch]) -> None:
+        model, device = program.model, batches[0].tokens.device
+        assert isinstance(model, Transformer)
+        self._program, self._batches = program, batches
+        self._views = {stage: view(model, self.stages[stage]) for stage in self.schedule.held(self.axis.rank)}
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._live: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}  # input and output
+        self._later: dict[tuple[int, int], WeightsLater] = {}
+        self.mail.open([len(batch.rows) for batch in batches], model.dtype, device)
+
+    def _forward(self, action: Action, valid: float) -> None:
+        _, stage, number = action
+        batch, x = self._batches[number], self.mail.take(action)
+        training = torch.is_grad_enabled()
+        if x is not None and training:
+            x.requires_grad_()
+        if training and (stage, number) in self.schedule.split:
+            with WeightsLater() as self._later[stage, number]:
+                out = self._views[stage](batch, x)
+        else:
+            out = self._views[stage](batch, x)
+        if stage == self.schedule.stages - 1:
+            out = self._program.loss(out, batch.targets) / valid
+            self._loss += out.detach()
+        else:
+            self.mail.hand(Action("F", stage + 1, number), out.detach())
+        if training:
+            self._live[stage, number] = x, out
+
+    def _backward(self, action: Action) -> None:
+        _, stage, number = action
+        x, out = self._live.pop((stage, number))
+        grad = self.mail.take(action)
+        self.mail.arrived(Action("F", stage + 1, number))  # or there would be no gradient of it
+        torch.autograd.backward(out, grad)
+        if x is not None:
+            assert x.grad is not None
+            self.mail.hand(Action("B", stage - 1, number), x.grad)
+
+
+def schedule(config: Config, options: Options) -> Schedule:
+    """Who does what when."""
+    return make(options.schedule, config.mesh.pp.degree, config.train.microbatches, _each(options))
+
+
+def _plan(model: Transformer, config: Config, options: Options) -> tuple[Schedule, list[Stage], str | None]:
+    """The schedule, its stages, and the name of a weight that two ranks hold."""
+    made = schedule(config, options)
+    first, last = made.ends
+    return made, cut(model, made.stages, options.cut), shared_weight(model) if first != last else None
+
+
+def _each(options: Options) -> int:
+    """Stages on each rank."""
+    if options.schedule in LOOPED:
+        return options.stages or 2
+    return 2 if options.schedule in VS else 1
+
+
+def _columns(mesh: Mesh, config: Config) -> int:
+    """Columns of what this rank hands on: cut by context parallelism, and by sequence parallelism within."""
+    cp, tp = mesh.axis("cp"), mesh.axis("tp")
+    zigzag = config.mesh.cp.options.get("order", "zigzag") == "zigzag"
+    chunks = even(config.data.sequence, (1 + zigzag) * cp.size)
+    count = chunks[cp.rank] + (chunks[-1 - cp.rank] if zigzag else 0)
+    return even(count, tp.size)[tp.rank] if config.mesh.tp.options.get("sequence") else count

@@ -1,0 +1,133 @@
+"""Bugs of context parallelism, planted in the cut of the columns, in the mask, and in the ring."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sandbox import blockwise
+from sandbox.batch import IGNORED, Batch
+from sandbox.blockwise import Backward, Forward, Tile
+from sandbox.model import attention
+from sandbox.ring import Ring
+from sandbox.trainer import Trainer
+from sandbox.verify.faults import _change, _loss, _patch, fault
+
+SEED = 8
+"""Of the seeds whose first step holds a row with two documents."""
+
+
+@fault(6, "NVIDIA/Megatron-LM/issues/906", "scale", "context", 4)
+def scaled_for_an_average_over_cp(trainer: Trainer) -> None:
+    """The loss is scaled by cp for an average over cp that is a sum."""
+    _loss(trainer, lambda loss, batch, valid: loss * trainer.config.mesh.cp.degree / valid)
+
+
+@fault(49, "NVIDIA-BioNeMo/bionemo-recipes/pull/1449", "data", "context")
+def targets_shifted_after_the_cut(trainer: Trainer) -> None:
+    """Each rank shifts its own tokens to have targets, so where a chunk ends they are another chunk's, or none."""
+    shard = trainer.program.shard_batch
+
+    def shifted(batch: Batch) -> Batch:
+        mine = shard(batch)
+        targets = mine.tokens.roll(-1, dims=1).masked_fill(mine.targets == IGNORED, IGNORED)
+        targets[:, -1] = IGNORED
+        return replace(mine, targets=targets)
+
+    _change(trainer, shard_batch=shifted)
+
+
+@fault(50, "NVIDIA/Megatron-LM/pull/1612", "forward", "context", options={"order": "contiguous"})
+def positions_counted_from_the_cut(trainer: Trainer) -> None:
+    """Rotary angles are those of each rank's own columns, counted from 0."""
+    angles = attention._angles
+
+    def local(batch: Batch, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        own = torch.arange(len(batch.columns)).expand_as(batch.positions)
+        return angles(replace(batch, positions=own), width, dtype)
+
+    _patch(attention, "_angles", local)
+
+
+@fault(51, "huggingface/accelerate/pull/4177", "forward", "context", 3, options={"kind": "gather"})
+def every_block_causal(trainer: Trainer) -> None:
+    """Each block is masked as if it were the query's own."""
+
+    def triangle(queries: Batch, keys: Batch) -> Tensor:
+        size = max(len(queries.columns), len(keys.columns))
+        whole = torch.ones(len(queries.rows), 1, size, size, dtype=torch.bool).tril()
+        return whole[:, :, : len(queries.columns), : len(keys.columns)]
+
+    _patch(blockwise, "visible", triangle)
+
+
+@fault(51, "huggingface/trl/pull/6843", "forward", "context", train={"seed": SEED})
+def documents_see_each_other(trainer: Trainer) -> None:
+    """The mask of documents is dropped: what comes earlier in the row is seen."""
+
+    def earlier(queries: Batch, keys: Batch) -> Tensor:
+        seen = keys.columns <= queries.columns[:, None]
+        return seen.expand(len(queries.rows), 1, -1, -1)
+
+    _patch(blockwise, "visible", earlier)
+
+
+@fault(52, "jzhang38/EasyContext/issues/14", "forward", "context", 3)
+def earlier_sums_not_scaled_down(trainer: Trainer) -> None:
+    """When a block brings a larger score, the sum of values so far keeps its old scale."""
+    add = Forward.add
+
+    def stale(forward: Forward, kv: Tensor, tiles: list[Tile]) -> None:
+        for tile in tiles:
+            sums, largest = (kept[tile.queries].clone() for kept in (forward._sums, forward._largest))
+            add(forward, kv, [tile])
+            shrink = (largest - forward._largest[tile.queries]).exp()
+            forward._sums[tile.queries].add_(sums * (1 - shrink))
+
+    _patch(Forward, "add", stale)
+
+
+@fault(52, "zhuzilin/ring-flash-attention/issues/42", "precision", "context", 4)
+def merged_in_bfloat16(trainer: Trainer) -> None:
+    """After each block, what there is of the result is rounded to bfloat16."""
+    add = Forward.add
+
+    def rounded(forward: Forward, kv: Tensor, tiles: list[Tile]) -> None:
+        add(forward, kv, tiles)
+        for sums in forward._sums:
+            sums.copy_(sums.bfloat16())
+
+    _patch(Forward, "add", rounded)
+
+
+@fault(53, "NVIDIA/Megatron-LM/issues/1464", "backward", "context", 3)
+def gradients_of_keys_do_not_come_home(trainer: Trainer) -> None:
+    """The last hop of a block's gradients is skipped: its keys have what their own rank gave them, and no more."""
+    add, backward = Backward.add, Ring.backward
+    parts: list[Tensor] = []
+
+    def noted(way: Backward, kv: Tensor, tiles: list[Tile]) -> Tensor:
+        part = add(way, kv, tiles)
+        parts.append(part.clone())
+        return part
+
+    def without_the_last_hop(ctx: Any, grad: Tensor) -> Any:
+        parts.clear()
+        dq, _, *none = backward(ctx, grad)
+        return dq, parts[0], *none
+
+    _patch(Backward, "add", noted)
+    _patch(Ring, "backward", staticmethod(without_the_last_hop))
+
+
+@fault(54, "axolotl-ai-cloud/axolotl/pull/3498", "data", "context")
+def columns_cut_twice(trainer: Trainer) -> None:
+    """The loader has cut the columns already when the strategy cuts them."""
+    shard, axis = trainer.program.shard_batch, trainer.mesh.axis("cp")
+
+    def twice(batch: Batch) -> Batch:
+        mine = torch.arange(len(batch.columns)).tensor_split(axis.size)[axis.rank]
+        return shard(batch.take_columns(mine))
+
+    _change(trainer, shard_batch=twice)
