@@ -17,6 +17,7 @@ Lower bounds: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for c
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -88,15 +89,20 @@ class Axis:
         return " x ".join(self.names)
 
 
+_watchers = ThreadPoolExecutor(64, "watcher")  # of a detailed recorder's collectives; starts no thread before the first
+
+
 class Pending:
     """A collective under way. `wait` returns its result; `finish` is what is left to do when the bytes have come."""
 
     def __init__(self, axis: Axis, event: Event, works: Sequence[dist.Work], finish: Callable[[], Tensor]) -> None:
         self._axis, self._event, self._works, self._finish = axis, event, works, finish
-        if axis.recorder.detailed and works:
-            works[-1].get_future().add_done_callback(self._ended)
+        # gloo tells of the end of a send or receive only to whoever waits for it: for a timeline, somebody must at once
+        self._landed = _watchers.submit(self._land) if axis.recorder.detailed and works else None
 
-    def _ended(self, _: object) -> None:
+    def _land(self) -> None:
+        for work in self._works:
+            work.wait()
         self._event.end = time.perf_counter()
 
     def wait(self) -> Tensor:
@@ -104,11 +110,12 @@ class Pending:
         recorder, event = self._axis.recorder, self._event
         if recorder.board:
             recorder.board.enter(event.number, event.op, event.axis, round(event.bytes))
-        for work in self._works:
-            work.wait()
+        if self._landed:
+            self._landed.result()
+        else:
+            self._land()
         if recorder.board:
             recorder.board.leave()
-        event.end = event.end or time.perf_counter()
         return self._finish()
 
 

@@ -86,7 +86,6 @@ class Shard:
         self.bucket = Bucket(params, self.partition, dtype or self.part.dtype)
         self._bytes = self.whole.untyped_storage().nbytes()
         self._pending: Pending | None = None
-        self._landing = self.whole
         self.is_whole = True
         self.free()
 
@@ -94,11 +93,13 @@ class Shard:
         """Start to gather, if there is anything to do."""
         if self.is_whole or self._pending:
             return
-        self.whole.untyped_storage().resize_(self._bytes)
-        self._landing = torch.empty_like(self.whole) if self.partition.rows else self.whole
+        if self.partition.rows:
+            landing = torch.empty(sum(self.sizes), dtype=self.whole.dtype, device=self.whole.device)
+        else:
+            landing = self._grown()
         with torch.no_grad(), unchanged_version(self.whole):
-            self._landing.split(self.sizes)[self.axis.rank].copy_(self.part)
-        self._pending = all_gather(self._landing, self.sizes, self.axis)
+            landing.split(self.sizes)[self.axis.rank].copy_(self.part)
+        self._pending = all_gather(landing, self.sizes, self.axis)
 
     def use(self) -> None:
         """Wait until the parameters are whole."""
@@ -107,9 +108,13 @@ class Shard:
             landed, self._pending = self._pending.wait(), None
             if self.partition.rows:
                 with torch.no_grad(), unchanged_version(self.whole):
+                    self._grown()
                     self.partition.unflatten(landed, self.views)
-            self._landing = self.whole
             self.is_whole = True
+
+    def _grown(self) -> Tensor:
+        self.whole.untyped_storage().resize_(self._bytes)
+        return self.whole
 
     def free(self) -> None:
         """Let go of what other ranks hold."""

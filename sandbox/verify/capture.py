@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from sandbox.verify.verdict import Span
 
 __all__ = ["METRICS", "Capture", "Piece", "Pieces", "capture"]
 
-METRICS = frozenset({"loss", "norm"})
+METRICS = frozenset({"loss", "norm", "control"})
 """Collectives of a few bytes that report rather than train; strategies do not predict them."""
 
 
@@ -67,6 +67,7 @@ def capture(
     if prepare:
         prepare(trainer)
     taken = Capture(parameters=[_pieces(trainer)])
+    peak = Peak(trainer.program, trainer.optimizer)
     for step in range(config.train.steps):
         last = step == config.train.steps - 1
         recorder.sent.clear()
@@ -75,13 +76,13 @@ def capture(
         with ExitStack() as watch:
             if last:
                 watch.enter_context(Traffic(mesh))
-                if trace:
-                    taken.spans = watch.enter_context(Timeline(trainer))
-                else:
-                    peak = watch.enter_context(Peak(trainer.program, trainer.optimizer))
-            taken.losses.append(trainer.compute_gradients(batch).item())
+            if last and trace:
+                taken.spans = watch.enter_context(Timeline(trainer))
+            with peak if last and not trace else nullcontext():
+                taken.losses.append(trainer.compute_gradients(batch).item())
             taken.gradients.append(_pieces(trainer, gradients=True))
-            taken.norms.append(trainer.update().item())
+            with peak if last and not trace else nullcontext():
+                taken.norms.append(trainer.update().item())
         taken.rates.append(trainer.optimizer.param_groups[0]["lr"])
         taken.parameters.append(_pieces(trainer))
         if last:
@@ -89,7 +90,7 @@ def capture(
                 key: round(sent) for key, sent in recorder.sent.items() if sent and key.split()[0] not in METRICS
             }
             taken.memory = held(trainer.program, trainer.optimizer)
-            taken.peak = 0 if trace else peak.bytes
+            taken.peak = peak.bytes
     return taken
 
 

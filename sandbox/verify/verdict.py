@@ -4,20 +4,20 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from sandbox.measure.span import Span
+
+PLAIN = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
 __all__ = ["Amount", "Difference", "Span", "Verdict", "Verdicts"]
 
 
-class Record(BaseModel):
-    """Plain data that goes to JSON and back."""
-
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
-
-
-class Difference(Record):
+class Difference(BaseModel):
     """How one tensor differs from the reference.
 
     `error` = max|x - ref| / max(max|ref|, floor); `ratio` = <x, ref> / <ref, ref>; `cos` = their cosine.
     """
+
+    model_config = PLAIN
 
     tensor: str
     error: float
@@ -27,25 +27,19 @@ class Difference(Record):
     floored: bool = False  # the floor decided: the reference itself is zero up to rounding
 
 
-class Amount(Record):
+class Amount(BaseModel):
     """Bytes as predicted by the strategy's formula and as measured; one entry a rank where ranks differ."""
+
+    model_config = PLAIN
 
     predicted: list[int]
     measured: list[int]
 
 
-class Span(Record):
-    """Something a rank was busy with, in seconds since its step began."""
-
-    lane: Literal["compute", "collective"]
-    name: str  # forward, backward, optimizer; or the collective and its axis
-    start: float
-    end: float
-    bytes: int = 0
-
-
-class Verdict(Record):
+class Verdict(BaseModel):
     """One config, held against its reference."""
+
+    model_config = PLAIN
 
     name: str
     engine: str
@@ -79,8 +73,10 @@ class Verdict(Record):
         return self.status in ("held", "unsupported")
 
 
-class Verdicts(Record):
+class Verdicts(BaseModel):
     """A whole verification, and what it ran on."""
+
+    model_config = PLAIN
 
     versions: dict[str, str] = {}
     cases: list[Verdict] = []
