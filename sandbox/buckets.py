@@ -61,7 +61,9 @@ class Bucket:
         param.grad = None
 
     def take(self) -> Tensor:
-        """Hand out the flat tensor. What was not collected has gradient zero, not none."""
+        """Hand out the flat tensor. What has no gradient has gradient zero, not none."""
+        for name in self.params:
+            self.collect(name)  # what earlier passes left in a parameter that the last one did not use
         first = next(iter(self.params.values()))
         flat, self._flat = self._flat, None
         if flat is None:

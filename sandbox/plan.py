@@ -27,7 +27,7 @@ import sandbox.strategies
 from sandbox.config import Config, Options, check
 from sandbox.errors import ConfigError, UnsupportedError
 from sandbox.mesh import Mesh
-from sandbox.predict import Prediction
+from sandbox.predict import Prediction, bytes_of, state_copies
 from sandbox.program import Program, materialise, unsharded
 
 __all__ = ["Planned", "Strategy", "engines", "find", "fold", "plan", "predict", "strategies", "unsupported"]
@@ -108,8 +108,13 @@ def predict(config: Config, model: nn.Module) -> list[Prediction]:
         mesh = Mesh(config.mesh.degrees, rank)
         parts = [p.strategy.predict(model, mesh, p.options, config) for p in plan(config)]
         traffic = {key: round(value) for part in parts for key, value in part.traffic.items() if value}
-        ranks.append(Prediction(traffic, parts[-1].memory if parts else {}))
+        ranks.append(Prediction(traffic, parts[-1].memory if parts else _unsharded(config, model)))
     return ranks
+
+
+def _unsharded(config: Config, model: nn.Module) -> dict[str, int]:
+    whole = bytes_of(model.parameters())
+    return {"parameters": whole, "gradients": whole, "optimizer": state_copies(config.train) * whole}
 
 
 def _whole(program: Program) -> Program:
@@ -122,8 +127,7 @@ def _resolve(config: Config) -> Iterator[tuple[Planned, bool]]:
     for axis in FOLD:
         section = getattr(config.mesh, axis)
         if axis != "dp" and section.degree == 1 and not section.strategy:
-            if section.options:
-                check(type(section), {"degree": section.degree}, prefix=f"mesh.{axis}")
+            check(Options, section.options, prefix=f"mesh.{axis}", also=type(section).model_fields)
             continue
         path = f"mesh.{axis}"
         try:

@@ -29,6 +29,7 @@ __all__ = [
     "ForwardBackward",
     "Program",
     "learning_rate",
+    "make_optimizer",
     "materialise",
     "replace_parameters",
     "shard_rows",
@@ -126,7 +127,7 @@ def learning_rate(train: Train, step: int) -> float:
     """Learning rate of `step` (from 0): linear warm-up, then the schedule, down to a tenth of `lr` at the last step."""
     if step < train.warmup:
         return train.lr * (step + 1) / train.warmup
-    done = (step - train.warmup) / max(1, train.steps - train.warmup)
+    done = min(1.0, (step - train.warmup) / max(1, train.steps - 1 - train.warmup))
     if train.schedule == "constant":
         return train.lr
     left = 1 - done if train.schedule == "linear" else (1 + torch.cos(torch.tensor(torch.pi * done)).item()) / 2

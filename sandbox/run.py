@@ -54,7 +54,7 @@ def start(config: Config, folder: Path, *, resume: bool = False) -> float:
     how: dict[str, Any] = {"timeout": config.run.timeout, "device": device_of(config)}
     with Log(folder, config.train.steps, append=resume) as log:
         if attached():
-            return attach(train, config, folder, resume, on_message=log.take, **how)
+            return attach(config.mesh.world, train, config, folder, resume, on_message=log.take, **how)
         return launch(config.mesh.world, train, config, folder, resume, on_message=log.take, **how)[0]
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sandbox.comm import Board
-from sandbox.measure.span import Span
 from sandbox.model.transformer import Transformer
 from sandbox.trainer import Trainer
+from sandbox.verdict import Span
 
 __all__ = ["Timeline", "align"]
 

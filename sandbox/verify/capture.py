@@ -18,7 +18,7 @@ from sandbox.measure import Peak, Timeline, Traffic, held
 from sandbox.mesh import Mesh
 from sandbox.runtime import Member
 from sandbox.trainer import Trainer
-from sandbox.verify.verdict import Span
+from sandbox.verdict import Span
 
 __all__ = ["METRICS", "Capture", "Piece", "Pieces", "capture"]
 
@@ -53,14 +53,12 @@ class Capture:
     spans: list[Span] = field(default_factory=list)
 
 
-def capture(
-    member: Member, config: Config, prepare: Callable[[Trainer], Any] | None = None, trace: bool = False
-) -> Capture:
+def capture(member: Member, config: Config, prepare: Callable[[Trainer], Any] | None = None) -> Capture:
     """Train for `train.steps` steps and take everything down. `prepare` may tamper with the trainer first.
 
-    `trace` adds the timeline of the last step; without it peak memory is measured there instead, which takes longer.
+    Peak memory is that of the last step but one; traffic and timeline, which measuring it would disturb, of the last.
     """
-    recorder = Recorder(board=member.board if member.world > 1 else None, detailed=trace)
+    recorder = Recorder(board=member.board if member.world > 1 else None)
     device = torch.device(member.device)
     mesh = Mesh(config.mesh.degrees, member.rank, device.type, recorder)
     trainer = Trainer(config, mesh, device, Corpus.load(config.data, config.model.vocab))
@@ -70,18 +68,18 @@ def capture(
     peak = Peak(trainer.program, trainer.optimizer)
     for step in range(config.train.steps):
         last = step == config.train.steps - 1
+        weigh = peak if step == config.train.steps - 2 else nullcontext()
         recorder.sent.clear()
         batch = trainer.batch()
         taken.tokens.append(_digest(trainer.program.shard_batch(batch)))
         with ExitStack() as watch:
             if last:
                 watch.enter_context(Traffic(mesh))
-            if last and trace:
                 taken.spans = watch.enter_context(Timeline(trainer))
-            with peak if last and not trace else nullcontext():
+            with weigh:
                 taken.losses.append(trainer.compute_gradients(batch).item())
             taken.gradients.append(_pieces(trainer, gradients=True))
-            with peak if last and not trace else nullcontext():
+            with weigh:
                 taken.norms.append(trainer.update().item())
         taken.rates.append(trainer.optimizer.param_groups[0]["lr"])
         taken.parameters.append(_pieces(trainer))

@@ -1,7 +1,7 @@
 """Bugs that really happened, planted on purpose: each must be caught, with its kind of cause, and its twin must hold.
 
 A fault is a function that tampers with a rank's trainer before it starts; every case has fresh processes, so it may
-patch what it likes. `number` is the bug's place in our catalogue, `source` the report of one who had it.
+patch what it likes. `number` is its place in docs/faults.md, `source` the report of one who had it.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ from sandbox.model import loss_sum
 from sandbox.program import Program, learning_rate, make_optimizer
 from sandbox.strategies import ddp
 from sandbox.trainer import Trainer
+from sandbox.verdict import Verdict
 from sandbox.verify.matrix import case
-from sandbox.verify.verdict import Verdict
 from sandbox.verify.verifier import Case
 
 __all__ = ["FAULTS", "Fault"]

@@ -13,7 +13,7 @@ from sandbox.config import Config, Data, Mesh, Model, Train
 from sandbox.plan import engines, find, strategies
 from sandbox.verify.verifier import Case, fixture
 
-__all__ = ["case", "matrix"]
+__all__ = ["DATA", "MODEL", "TRAIN", "case", "matrix"]
 
 WORLDS = (2, 3, 4, 8)
 MODEL = Model(

@@ -1,10 +1,8 @@
-"""What a verification found, as data: printed as a table, written as JSON, drawn in the report."""
+"""What a verification found, as plain data: printed as a table, written as JSON, drawn in the report."""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
-
-from sandbox.measure.span import Span
 
 PLAIN = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
@@ -34,6 +32,18 @@ class Amount(BaseModel):
 
     predicted: list[int]
     measured: list[int]
+
+
+class Span(BaseModel):
+    """Something a rank was busy with, in seconds since its step began."""
+
+    model_config = PLAIN
+
+    lane: Literal["compute", "collective"]
+    name: str  # forward, backward, optimizer; or the collective and its axis
+    start: float
+    end: float
+    bytes: int = 0
 
 
 class Verdict(BaseModel):
