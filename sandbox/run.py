@@ -89,7 +89,8 @@ class Log:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        if self._bar.live.is_started:
+            self._bar.stop()
         if self._file:
             self._file.close()
 

@@ -145,7 +145,12 @@ def gather_on_use(
         kept = unit.kept or not reshard_after_forward
 
         def before(module: nn.Module, args: Any, number: int = number) -> None:
-            use(number, number + 1)
+            first = module is units[number].modules[0]
+            if first and module.training:
+                if number in seen:
+                    busy.add(number)  # forward for the second time in a pass: backward recomputes it
+                seen.add(number)
+            use(number, number + 1 if first and number + 1 not in seen else -1)
 
         def after(module: nn.Module, args: Any, out: Tensor, number: int = number, kept: bool = kept) -> None:
             if not torch.is_grad_enabled():
@@ -159,7 +164,12 @@ def gather_on_use(
             module.register_forward_pre_hook(before)
         unit.modules[-1].register_forward_hook(after)
 
+    seen: set[int] = set()  # units whose forward has begun in this pass
     busy: set[int] = set()  # units whose backward has begun: a recomputed forward must not free them
+
+    def begin(final: bool) -> None:
+        program.begin(final)
+        seen.clear()
 
     def enter_backward(number: int) -> None:
         busy.add(number)
@@ -191,6 +201,7 @@ def gather_on_use(
             for name in shard.pieces
         },
         shard_batch=shard_rows(program, mesh),
+        begin=begin,
     )
     return reduce_in_backward(sharded, [shard.bucket for shard in reversed(shards)], launch, finish, each=True)
 

@@ -17,7 +17,7 @@ __all__ = ["DATA", "MODEL", "TRAIN", "case", "matrix"]
 
 WORLDS = (2, 3, 4, 8)
 MODEL = Model(
-    layers=3, width=24, heads=4, kv_heads=2, hidden=37, norm="layer", mlp="gelu", bias=True, qk_norm=True, dropout=0.1
+    layers=2, width=24, heads=4, kv_heads=2, hidden=37, norm="layer", mlp="gelu", bias=True, qk_norm=True, dropout=0.1
 )
 TIED = Model(layers=2, width=24, heads=4, kv_heads=1, tied=True, vocab_multiple=8)
 DATA = Data(sequence=24)
@@ -52,7 +52,7 @@ def case(
     dtype: str = "float64",
 ) -> Case:
     """One small case: a strategy at a world, and what is special about it."""
-    small = {"bucket_mb": 0.02} if "bucket_mb" in find(engine, strategy).Options.model_fields else {}
+    small = {"bucket_mb": 0.04} if "bucket_mb" in find(engine, strategy).Options.model_fields else {}
     axis = {"degree": world, "strategy": strategy, **small, **(options or {})}
     config = Config(
         name=f"{strategy}-dp{world}" + (f", {label}" if label else ""),
