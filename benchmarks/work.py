@@ -27,7 +27,7 @@ def turns(member: Member, kinds: list[tuple[str, dict[str, Any]]], batch: int, r
                 "mesh": {"dp": {"degree": member.world, **axis}},
                 "model": MODEL,
                 "data": DATA,
-                "train": {"batch": batch, "optimizer": "sgd_momentum", "lr": 0.01},
+                "train": {"batch": batch},
             }
         )
         mesh = Mesh(config.mesh.degrees, member.rank, member.device)
@@ -72,7 +72,7 @@ def trainer_and_loop(member: Member, batch: int, rounds: int) -> list[list[float
             "mesh": {"dp": {"degree": member.world, "strategy": "ddp"}},
             "model": MODEL,
             "data": DATA,
-            "train": {"batch": batch, "optimizer": "sgd_momentum", "lr": 0.01},
+            "train": {"batch": batch},
         }
     )
     corpus = Corpus.load(config.data)
@@ -82,7 +82,7 @@ def trainer_and_loop(member: Member, batch: int, rounds: int) -> list[list[float
         for name, param in plain.named_parameters():
             param.copy_(initial(name, config.model, config.train.seed))
     model = DistributedDataParallel(plain, gradient_as_bucket_view=True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.01, foreach=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), fused=True)
     step = 0
 
     def by_hand() -> float:

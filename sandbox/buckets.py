@@ -61,7 +61,9 @@ class Bucket:
         param.grad = None
 
     def take(self) -> Tensor:
-        """Hand out the flat tensor. What was not collected has gradient zero, not none."""
+        """Hand out the flat tensor. What has no gradient has gradient zero, not none."""
+        for name in self.params:
+            self.collect(name)  # what earlier passes left in a parameter that the last one did not use
         first = next(iter(self.params.values()))
         flat, self._flat = self._flat, None
         if flat is None:
@@ -145,8 +147,8 @@ def reduce_in_backward(
 class ScatterSum:
     """Sums flat gradients over `shard`, keeps this rank's part, and adds up the parts of earlier backward passes.
 
-    After the last pass the sums are summed over `replicate` too: once a step, and on the part only. At most two
-    reductions are under way, so full gradients do not pile up.
+    After the last pass the sums are summed over `replicate` too: once a step, and on the part only. One reduction is
+    under way while the next bucket fills, so whole gradients do not pile up.
     """
 
     def __init__(self, shard: Axis, replicate: Axis, dtype: torch.dtype) -> None:
@@ -157,7 +159,7 @@ class ScatterSum:
 
     def launch(self, number: int, flat: Tensor, sizes: list[int], final: bool) -> None:
         """Start to reduce bucket `number`; `flat` holds all parts in rank order."""
-        while len(self._scatters) >= 2:
+        while self._scatters:
             self._land()
         self._scatters.append((number, final, reduce_scatter(flat, sizes, self._shard, self._dtype)))
 

@@ -11,7 +11,9 @@ The data's position is the step, and dropout has no generator: nothing else is r
 """
 
 import json
+import pickle
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -41,13 +44,16 @@ def save(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     _barrier()
-    state_dict_saver.save(_state(trainer), checkpoint_id=partial, no_dist=trainer.mesh.world == 1)
+    with warnings.catch_warnings():  # that a world of one saves alone
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        state_dict_saver.save(_state(trainer), checkpoint_id=partial, no_dist=trainer.mesh.world == 1)
     if first:
         facts = {"step": trainer.step, "layout": _layout(trainer.config)}
         (partial / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        for old in _all(folder)[:-keep]:
+        others = [old for old in _all(folder) if old != final]
+        for old in others[: max(0, len(others) - keep + 1)]:
             shutil.rmtree(old)
     _barrier()
     return final
@@ -68,14 +74,14 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     """
     try:
         facts = json.loads((checkpoint / FACTS).read_text(encoding="utf-8"))
+        step, saved_by = facts["step"], facts["layout"]
         metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint}: is not a complete checkpoint ({error}).") from None
-    here = _layout(trainer.config)
-    for key, value in here.items():
-        if facts["layout"].get(key) != value:
+    except (OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{checkpoint}: is damaged ({error!r}). Remove it, and resume from one before.") from None
+    for key, value in _layout(trainer.config).items():
+        if saved_by.get(key) != value:
             raise CheckpointError(
-                f"{checkpoint}: was saved with {key} {facts['layout'].get(key)}, this run has {value}. "
+                f"{checkpoint}: was saved with {key} {saved_by.get(key)}, this run has {value}. "
                 f"Resume with the same {key}."
             )
     mine = f"rank{trainer.mesh.rank}/"
@@ -84,7 +90,13 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
         for key, entry in metadata.items()
         if key.startswith(mine) and isinstance(entry, TensorStorageMetadata)
     }
-    state_dict_loader.load(state, checkpoint_id=checkpoint, no_dist=trainer.mesh.world == 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            state_dict_loader.load(state, checkpoint_id=checkpoint, no_dist=trainer.mesh.world == 1)
+    except CheckpointException as error:
+        causes = "; ".join(f"rank {rank}: {cause[0]!r}" for rank, cause in error.failures.items())
+        raise CheckpointError(f"{checkpoint}: is damaged ({causes}). Remove it, and resume from one before.") from None
     optimizer = trainer.optimizer
     with torch.no_grad():
         for key, tensor in state.items():
@@ -94,7 +106,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
                 local(param).copy_(tensor)
             else:
                 optimizer.state[param][field[0]] = _like(param, tensor)
-    trainer.step = facts["step"]
+    trainer.step = step
     trainer.program.refresh()
 
 
@@ -135,7 +147,8 @@ def _layout(config: Config) -> dict[str, Any]:
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if p.suffix != ".partial" and (p / FACTS).exists())
+    found = [p for p in folder.glob("step-*") if p.suffix != ".partial" and (p / FACTS).exists()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def _barrier() -> None:

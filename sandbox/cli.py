@@ -3,8 +3,9 @@
 Imports of torch stay inside the commands, so that `--help` answers at once.
 """
 
+import os
 import sys
-from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 
@@ -26,6 +27,7 @@ app = typer.Typer(
     epilog="Start with: sandbox verify configs/zero2.yaml",
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -59,13 +61,16 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
 ) -> None:
     """Train; here, or as one rank if torchrun started this."""
-    from sandbox.runtime import warm
+    from sandbox.runtime import attached, warm
 
-    warm()
+    if not attached():
+        warm()
     settings = _load(config, set_)
+    folder = folder or settings.run.folder or Path("runs") / settings.name
+    _writable("--folder", folder / "metrics.jsonl", folders=True)
     from sandbox.run import start
 
-    start(settings, folder or settings.run.folder or Path("runs") / settings.name, resume=resume)
+    start(settings, folder, resume=resume)
 
 
 @app.command()
@@ -92,6 +97,8 @@ def verify(
         raise ConfigError("verify: name configs, such as configs/zero2.yaml, or say --all.")
     if dtype not in ("float64", "float32", "bfloat16", "config"):
         raise ConfigError(f"--dtype {dtype}: is not one of float64, float32, bfloat16, config.")
+    _writable("--json", json_)
+    _writable("--report", report)
     settings = [_load(path, set_) for path in configs or []]
     from sandbox.verify import Case, fixture, matrix
 
@@ -101,7 +108,7 @@ def verify(
             raise ConfigError(f"--only {only}: no case of --all has that in its `engine name`.")
     else:
         cases = [Case(fixture(config, None if dtype == "config" else dtype)) for config in settings]
-    verdicts = _verify([replace(case, trace=report is not None) for case in cases])
+    verdicts = _verify(cases)
     _show(verdicts, json_, report)
     if not all(case.held for case in verdicts.cases):
         raise SystemExit(1)
@@ -161,7 +168,8 @@ def faults(
 
     chosen = [fault for name, fault in FAULTS.items() if only in name]
     if not chosen:
-        raise ConfigError(f"--only {only}: no fault has that in its name. There are: {', '.join(FAULTS)}.")
+        near = get_close_matches(only, FAULTS, 3, 0.3)
+        raise ConfigError(f"--only {only}: no fault has that in its name. There are: {', '.join(near or FAULTS)}.")
     verdicts = _verify([case for fault in chosen for case in (fault.sick(), fault.clean())])
     pairs = list(zip(chosen, verdicts.cases[::2], verdicts.cases[1::2], strict=True))
     from sandbox.report.detections import show
@@ -179,14 +187,20 @@ def report(
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FOLDER", help="Run folder of the unsharded run, drawn under the others."),
     ] = None,
+    picture: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Draw the verdicts as one figure too, .png or .svg."),
+    ] = None,
 ) -> None:
     """Draw runs and verdicts as one HTML page that needs no network."""
     from pydantic import ValidationError
 
     from sandbox.report.html import write
     from sandbox.report.record import RunRecord
-    from sandbox.verify.verdict import Verdicts
+    from sandbox.verdict import Verdicts
 
+    for option, file in (("--out", out), ("--picture", picture)):
+        _writable(option, file)
     verdicts, runs = Verdicts(), []
     for source in sources:
         if source.is_dir():
@@ -204,6 +218,11 @@ def report(
         )
     write(out, verdicts, runs=runs)
     _console().print(f"wrote {out}")
+    if picture:
+        from sandbox.report.hero import hero
+
+        hero(picture, verdicts)
+        _console().print(f"wrote {picture}")
 
 
 @config_app.command("show")
@@ -225,6 +244,18 @@ def _load(path: Path, overrides: list[str] | None) -> "Config":
     except SandboxError as error:
         raise type(error)(f"{path}: {error}") from None
     return config
+
+
+def _writable(option: str, file: Path | None, *, folders: bool = False) -> None:
+    """See that `file` can be written, before any work is done for it. `folders`: its folders will be made."""
+    if file is None:
+        return
+    place = file.parent
+    while folders and not place.exists():
+        place = place.parent
+    if not place.is_dir() or file.is_dir() or not os.access(file if file.exists() else place, os.W_OK):
+        reason = f"{place} is not a folder" if not place.is_dir() else "it is a folder, or not yours to write"
+        raise ConfigError(f"{option}: {file} cannot be written: {reason}. Name another place.")
 
 
 def _verify(cases: "list[Case]") -> "Verdicts":
@@ -274,17 +305,16 @@ def _console(*, stderr: bool = False) -> "Console":
 
 def main() -> NoReturn:
     """Run the command line; what is the user's to mend is printed without a traceback."""
-    import click
+    from sandbox.runtime import attached, leave
 
-    code: object = 0
+    code = 0
     try:
-        code = app(standalone_mode=False)
+        app()
     except SandboxError as error:
         print(error, file=sys.stderr)  # noqa: T201
         code = error.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = 2
-    except (KeyboardInterrupt, click.Abort):
-        code = 130
-    sys.exit(code if isinstance(code, int) else 0)
+    except SystemExit as end:  # how the parser ends: of itself, on --help, on what it cannot parse, on Ctrl-C
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    if attached():
+        leave(code)  # a rank of torchrun runs no destructors
+    sys.exit(code)

@@ -32,7 +32,7 @@ from sandbox.config import Config, Options, check
 from sandbox.errors import ConfigError, UnsupportedError
 from sandbox.mesh import Mesh
 from sandbox.model import build
-from sandbox.predict import Prediction
+from sandbox.predict import Prediction, bytes_of, state_copies
 from sandbox.program import Program, materialise, unsharded
 
 __all__ = ["Planned", "Strategy", "engines", "find", "fold", "plan", "predict", "strategies", "unsupported"]
@@ -116,13 +116,18 @@ def predict(config: Config) -> list[Prediction]:
         mesh, model = Mesh(config.mesh.degrees, rank), build(config.model, config.train.dtype)
         parts = [p.strategy.predict(model, mesh, p.options, config) for p in plan(config)]
         traffic: dict[str, float] = defaultdict(float)
-        memory: dict[str, int] = {}
+        memory: dict[str, int] = {} if parts else _unsharded(config, model)
         for part in parts:
             memory.update(part.memory)
             for key, value in part.traffic.items():
                 traffic[key] += value
         ranks.append(Prediction({key: round(value) for key, value in traffic.items() if value}, memory))
     return ranks
+
+
+def _unsharded(config: Config, model: nn.Module) -> dict[str, int]:
+    whole = bytes_of(model.parameters())
+    return {"parameters": whole, "gradients": whole, "optimizer": state_copies(config.train) * whole}
 
 
 def _whole(program: Program) -> Program:
@@ -135,8 +140,7 @@ def _resolve(config: Config) -> Iterator[tuple[Planned, bool]]:
     for axis in FOLD:
         section = getattr(config.mesh, axis)
         if axis != "dp" and section.degree == 1 and not section.strategy:
-            if section.options:
-                check(type(section), {"degree": section.degree}, prefix=f"mesh.{axis}")
+            check(Options, section.options, prefix=f"mesh.{axis}", also=type(section).model_fields)
             continue
         path = f"mesh.{axis}"
         try:

@@ -29,6 +29,7 @@ __all__ = [
     "ForwardBackward",
     "Program",
     "learning_rate",
+    "make_optimizer",
     "materialise",
     "replace_parameters",
     "shard_rows",
@@ -132,15 +133,18 @@ def learning_rate(train: Train, step: int) -> float:
     """Learning rate of `step` (from 0): linear warm-up, then the schedule, down to a tenth of `lr` at the last step."""
     if step < train.warmup:
         return train.lr * (step + 1) / train.warmup
-    done = (step - train.warmup) / max(1, train.steps - train.warmup)
+    done = min(1.0, (step - train.warmup) / max(1, train.steps - 1 - train.warmup))
     if train.schedule == "constant":
         return train.lr
     left = 1 - done if train.schedule == "linear" else (1 + torch.cos(torch.tensor(torch.pi * done)).item()) / 2
     return train.lr * (0.1 + 0.9 * left)
 
 
-def make_optimizer(program: Program) -> torch.optim.Optimizer:
-    """The optimizer over this rank's parameters. Weight decay spares vectors, by the LOGICAL tensor's dimensions."""
+def make_optimizer(program: Program, *, fused: bool = True) -> torch.optim.Optimizer:
+    """The optimizer over this rank's parameters. Weight decay spares vectors, by the LOGICAL tensor's dimensions.
+
+    `fused` takes one pass over the memory, where torch's other ways make a temporary of the gradients' size.
+    """
     train = program.config.train
     here = {name: p for name, p in program.parameters.items() if p.numel()}
     matrix = {name: len(program.layout[name].shape) >= 2 for name in here}
@@ -149,9 +153,9 @@ def make_optimizer(program: Program) -> torch.optim.Optimizer:
         {"params": [p for name, p in here.items() if not matrix[name]], "weight_decay": 0.0},
     ]
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, foreach=True)
+        return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, fused=fused)
     momentum = train.momentum if train.optimizer == "sgd_momentum" else 0.0
-    return torch.optim.SGD(groups, lr=train.lr, momentum=momentum, foreach=True)
+    return torch.optim.SGD(groups, lr=train.lr, momentum=momentum, fused=fused)
 
 
 def clip(program: Program, most: float | None, mesh: Mesh) -> Tensor:

@@ -54,7 +54,7 @@ def start(config: Config, folder: Path, *, resume: bool = False) -> float:
     how: dict[str, Any] = {"timeout": config.run.timeout, "device": device_of(config)}
     with Log(folder, config.train.steps, append=resume) as log:
         if attached():
-            return attach(train, config, folder, resume, on_message=log.take, **how)
+            return attach(config.mesh.world, train, config, folder, resume, on_message=log.take, **how)
         return launch(config.mesh.world, train, config, folder, resume, on_message=log.take, **how)[0]
 
 
@@ -73,6 +73,7 @@ class Log:
         self.folder, self.steps, self.append = folder, steps, append
         self.console = console or Console(highlight=False)
         self._file: TextIO | None = None
+        self._entropy = 0.0
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -88,7 +89,8 @@ class Log:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        if self._bar.live.is_started:
+            self._bar.stop()
         if self._file:
             self._file.close()
 
@@ -103,13 +105,19 @@ class Log:
         self._file.flush()
         if "run" in message:
             facts = message["run"]
+            self._entropy = facts["unigram_entropy"]
             self.console.print(
                 f"{facts['name']}: {facts['parameters']:,} parameters, {facts['strategy']} on {facts['world']} ranks "
-                f"({facts['mesh']}), {facts['device']}\n{facts['corpus']}"
+                f"({facts['mesh']}), {facts['device']}\n{facts['corpus']}",
+                soft_wrap=True,
             )
         elif "validation_loss" in message:
             loss, bits = message["validation_loss"], message["bits_per_byte"]
-            self.console.print(f"step {message['step']}  validation loss {loss:.4f}  {bits:.3f} bits per byte")
+            self.console.print(
+                f"step {message['step']}  validation loss {loss:.4f}, {bits:.3f} bits per byte "
+                f"(unigram entropy {self._entropy:.4f})",
+                soft_wrap=True,
+            )
         else:
             self._show(message)
 
@@ -120,7 +128,7 @@ class Log:
         if self.console.is_terminal:
             self._bar.update(self._task, completed=step["step"], text=text)
         elif step["step"] % max(1, self.steps // 20) == 0 or step["step"] in (1, self.steps):
-            self.console.print(f"step {step['step']}/{self.steps}  {text}")
+            self.console.print(f"step {step['step']}/{self.steps}  {text}", soft_wrap=True)
 
 
 def _facts(trainer: Trainer) -> dict[str, Any]:

@@ -64,8 +64,7 @@ class Trainer:
     def compute_gradients(self, batch: Batch) -> Tensor:
         """Forward and backward over this rank's microbatches -> this rank's share of the loss (float64)."""
         self.program.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.program.model.zero_grad(set_to_none=True)  # of parameters that the optimizer sees only pieces of
+        self.zero_grad()
         local = self.program.shard_batch(batch).to(self.device)
         microbatches = local.split_rows(self.config.train.microbatches)
         loss = self.program.forward_backward(self.program, microbatches, max(1, batch.valid))
@@ -73,6 +72,14 @@ class Trainer:
             if param.grad is None:  # unused in this step: zero, so that its decay depends on no layout
                 param.grad = torch.zeros_like(param)
         return loss
+
+    def zero_grad(self) -> None:
+        """Let go of all gradients: of the model, and of what the optimizer updates, down to the empty pieces.
+
+        (A piece's gradient is a view, and an empty one too keeps alive the whole that it is a view of.)
+        """
+        for param in (*self.program.model.parameters(), *self.program.parameters.values()):
+            param.grad = None
 
     def update(self) -> Tensor:
         """Clip and step -> the gradient's norm before clipping (float64)."""

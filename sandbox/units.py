@@ -16,7 +16,7 @@ are whole again when the storage is filled again.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,6 @@ class Shard:
         self.bucket = Bucket(params, self.partition, dtype or self.part.dtype)
         self._bytes = self.whole.untyped_storage().nbytes()
         self._pending: Pending | None = None
-        self._landing = self.whole
         self.is_whole = True
         self.free()
 
@@ -95,11 +94,13 @@ class Shard:
         """Start to gather, if there is anything to do."""
         if self.is_whole or self._pending:
             return
-        self.whole.untyped_storage().resize_(self._bytes)
-        self._landing = torch.empty_like(self.whole) if self.partition.rows else self.whole
+        if self.partition.rows:
+            landing = torch.empty(sum(self.sizes), dtype=self.whole.dtype, device=self.whole.device)
+        else:
+            landing = self._grown()
         with torch.no_grad(), unchanged_version(self.whole):
-            self._landing.split(self.sizes)[self.axis.rank].copy_(self.part)
-        self._pending = all_gather(self._landing, self.sizes, self.axis)
+            landing.split(self.sizes)[self.axis.rank].copy_(self.part)
+        self._pending = all_gather(landing, self.sizes, self.axis)
 
     def use(self) -> None:
         """Wait until the parameters are whole."""
@@ -108,9 +109,13 @@ class Shard:
             landed, self._pending = self._pending.wait(), None
             if self.partition.rows:
                 with torch.no_grad(), unchanged_version(self.whole):
+                    self._grown()
                     self.partition.unflatten(landed, self.views)
-            self._landing = self.whole
             self.is_whole = True
+
+    def _grown(self) -> Tensor:
+        self.whole.untyped_storage().resize_(self._bytes)
+        return self.whole
 
     def free(self) -> None:
         """Let go of what other ranks hold."""
@@ -124,8 +129,7 @@ def gather_on_use(
 ) -> Program:
     """Return `program` with parameters, gradients and optimizer state cut over dp_shard x cp by `cut`."""
     axis = mesh.axis("dp_shard", "cp")
-    compute = program.model.dtype
-    assert isinstance(compute, torch.dtype)
+    compute = cast(torch.dtype, program.model.dtype)
     units = cut_units(program.model)
     reshard_after_forward &= program.config.mesh.pp.degree == 1  # a pipeline would gather anew for each microbatch
     narrow = each or program.config.passes == 1  # what adds up locally needs the full precision
@@ -138,25 +142,35 @@ def gather_on_use(
         if prefetch and 0 <= following < len(shards):
             shards[following].start()
 
-    for number, unit in enumerate(units):
-        kept = unit.kept or not reshard_after_forward
+    def watch(number: int, unit: Unit) -> None:
+        def before(module: nn.Module, args: Any) -> None:
+            first = module is unit.modules[0]
+            if first and module.training:
+                if number in seen:
+                    busy.add(number)  # forward for the second time in a pass: backward recomputes it
+                seen.add(number)
+            use(number, number + 1 if first and number + 1 not in seen else -1)
 
-        def before(module: nn.Module, args: Any, number: int = number) -> None:
-            use(number, number + 1)
-
-        def after(module: nn.Module, args: Any, out: Tensor, number: int = number, kept: bool = kept) -> None:
-            if not torch.is_grad_enabled():
-                shards[number].free()
-                return
-            out.register_hook(lambda grad: enter_backward(number))
-            if not (kept or number in busy):
-                shards[number].free()
+        def after(module: nn.Module, args: Any, out: Tensor) -> None:
+            if torch.is_grad_enabled():
+                out.register_hook(lambda grad: enter_backward(number))
+                if unit.kept or not reshard_after_forward or number in busy:
+                    return
+            shards[number].free()
 
         for module in unit.modules:
             module.register_forward_pre_hook(before, prepend=True)  # other hooks may read the parameters
         unit.modules[-1].register_forward_hook(after)
 
+    seen: set[int] = set()  # units whose forward has begun in this pass
     busy: set[int] = set()  # units whose backward has begun: a recomputed forward must not free them
+
+    for number, unit in enumerate(units):
+        watch(number, unit)
+
+    def begin(final: bool) -> None:
+        program.begin(final)
+        seen.clear()
 
     def enter_backward(number: int) -> None:
         busy.add(number)
@@ -188,6 +202,7 @@ def gather_on_use(
             for name in shard.pieces
         },
         shard_batch=shard_rows(program, mesh),
+        begin=begin,
     )
     return reduce_in_backward(sharded, [shard.bucket for shard in reversed(shards)], launch, finish, each=True)
 

@@ -125,7 +125,7 @@ def _main(name: str) -> int:
     work = globals()[name]
     if attached():
         # in one piece, for the ranks share a pipe
-        sys.stdout.write(f"{attach(work, timeout=5)}\n")
+        sys.stdout.write(f"{attach(int(os.environ['WORLD_SIZE']), work, timeout=5)}\n")
     else:
         launch(2, work, timeout=60, on_message=_announce)
     return 0

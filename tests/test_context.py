@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import sandbox.verify.faults_context  # noqa: F401 (registers its faults)
 from sandbox import blockwise
 from sandbox.batch import Batch
 from sandbox.blockwise import Backward, Forward, Share

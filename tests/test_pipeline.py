@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-import sandbox.verify.faults_pipeline  # noqa: F401 (registers its faults)
 from sandbox.batch import Batch
 from sandbox.config import Config, Data, Mesh, Model, Train
 from sandbox.errors import ConfigError

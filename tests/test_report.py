@@ -23,7 +23,7 @@ from sandbox.report import html, words
 from sandbox.report.hero import hero
 from sandbox.report.record import RunRecord
 from sandbox.report.tables import Report
-from sandbox.verify.verdict import Amount, Difference, Span, Verdict, Verdicts
+from sandbox.verdict import Amount, Difference, Span, Verdict, Verdicts
 
 pytestmark = pytest.mark.unit
 

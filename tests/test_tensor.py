@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-import sandbox.verify.faults_tensor  # noqa: F401 (registers its faults)
 from sandbox.batch import IGNORED
 from sandbox.comm import Axis, ring_bytes
 from sandbox.config import Config, Data, Model, Train

@@ -4,16 +4,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from sandbox.comm import Board
 from sandbox.model.transformer import Transformer
 from sandbox.trainer import Trainer
-
-if TYPE_CHECKING:
-    from sandbox.verify.verdict import Span
+from sandbox.verdict import Span
 
 __all__ = ["Timeline", "align"]
 
@@ -37,7 +35,7 @@ class Timeline:
         self._name, self._since = "", 0.0  # what the rank is at, if anything, and since when
         self._outer: list[str] = []  # what it goes on with after that
 
-    def __enter__(self) -> "list[Span]":
+    def __enter__(self) -> list[Span]:
         trainer, recorder, optimizer = self._trainer, self._recorder, self._trainer.optimizer
         reduce_grads = trainer.program.reduce_grads
 
@@ -57,8 +55,6 @@ class Timeline:
         return self._spans
 
     def __exit__(self, *error: object) -> None:
-        from sandbox.verify.verdict import Span  # not above: verify imports this module
-
         self._switch("")
         self._undo.close()
         self._spans += [Span(lane="compute", name=name, start=start, end=end) for name, start, end in self._computed]
@@ -100,7 +96,7 @@ class Timeline:
         setattr(owner, name, value)
 
 
-def align(ranks: "Sequence[Sequence[Span]]") -> "list[list[Span]]":
+def align(ranks: Sequence[Sequence[Span]]) -> list[list[Span]]:
     """The same spans in seconds since the first of all ranks began."""
     zero = min((span.start for spans in ranks for span in spans), default=0.0)
     return [

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from sandbox.report import words
-from sandbox.verify.verdict import Amount, Verdict
+from sandbox.verdict import Amount, Verdict
 
 __all__ = ["PARTS", "Group", "Held", "groups", "held", "representatives"]
 

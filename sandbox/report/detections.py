@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sandbox.report.words import MARKS, error
+from sandbox.verdict import Verdict
 from sandbox.verify.faults import Fault
-from sandbox.verify.verdict import Verdict
 
 __all__ = ["show"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sandbox.errors import SandboxError
 from sandbox.report import words
 from sandbox.report.cases import PARTS, groups, held, representatives
-from sandbox.verify.verdict import Verdict, Verdicts
+from sandbox.verdict import Verdict, Verdicts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,7 @@ from sandbox.errors import SandboxError
 from sandbox.report import words
 from sandbox.report.cases import PARTS, groups, held, representatives
 from sandbox.report.record import RunRecord
-from sandbox.verify.verdict import Amount, Span, Verdict, Verdicts
+from sandbox.verdict import Amount, Span, Verdict, Verdicts
 
 __all__ = ["write"]
 

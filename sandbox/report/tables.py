@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sandbox.report import words
-from sandbox.verify.verdict import Verdict, Verdicts
+from sandbox.verdict import Verdict, Verdicts
 
 __all__ = ["Report", "show"]
 

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from sandbox.verify.verdict import Amount, Difference, Verdict, Verdicts
+from sandbox.verdict import Amount, Difference, Verdict, Verdicts
 
 __all__ = [
     "MARKS",

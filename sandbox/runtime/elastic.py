@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from sandbox.errors import SandboxError, WorkerError
+from sandbox.errors import MeshError, SandboxError, WorkerError
 from sandbox.runtime.failure import Failure
 from sandbox.runtime.member import Member, join
 
@@ -19,6 +19,7 @@ def attached() -> bool:
 
 
 def attach(
+    world: int,
     work: Callable[..., T],
     *args: Any,
     timeout: float,
@@ -26,14 +27,21 @@ def attach(
     device: str = "cpu",
     threads: int = 1,
 ) -> T:
-    """Run `work(member, *args)` as the rank that this process is; return its result. End the process by `leave`.
+    """Run `work(member, *args)` as the rank that this process is, of `world`; return its result.
 
     As `launch`, but for this rank only: `on_message` is called here, and `timeout` s is the longest a collective may
     take. An error is noted for torchrun, whose summary then shows the first.
 
+    End the process by `leave` afterwards.
+
+    Raises MeshError: torchrun started another number of ranks.
     Raises WorkerError: the work failed, or a collective did. SandboxErrors are raised as they are.
     """
-    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, started, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if started != world:
+        raise MeshError(
+            f"the mesh has {world} ranks, but torchrun started {started}. Start {world}, or change a degree."
+        )
     listener = on_message or (lambda rank, message: None)
     member = Member(
         rank, world, f"cuda:{local}" if device == "cuda" else device, send=lambda message: listener(rank, message)

@@ -141,7 +141,8 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     layout = dict(program.layout)
     for name, (dim, part) in cut(model, config, axis).items():
         copy = holders.rank if name.split(".")[-2] in ("k", "v") else 0
-        layout[name] = replace(layout[name].cut(dim, part.start, part.stop, axis.names), copy=copy)
+        piece = layout[name].cut(dim, part.start, part.stop, axis.names)
+        layout[name] = replace(piece, copy=copy or piece.copy)
     border = Border(axis, options.sequence)
     model.register_forward_pre_hook(border.see)
     if model.embed is not None:

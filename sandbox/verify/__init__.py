@@ -1,7 +1,7 @@
 """Holding a sharded run against the unsharded one."""
 
+from sandbox.verdict import Verdict, Verdicts
 from sandbox.verify.matrix import matrix
-from sandbox.verify.verdict import Verdict, Verdicts
 from sandbox.verify.verifier import Case, Verifier, fixture
 
 __all__ = ["Case", "Verdict", "Verdicts", "Verifier", "fixture", "matrix"]

@@ -1,7 +1,7 @@
 """What one rank did in three steps, taken down for comparison. Runs inside the rank; imports nothing of the verdict."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,11 @@ from sandbox.measure import Peak, Timeline, Traffic, held
 from sandbox.mesh import Mesh
 from sandbox.runtime import Member
 from sandbox.trainer import Trainer
-from sandbox.verify.verdict import Span
+from sandbox.verdict import Span
 
 __all__ = ["METRICS", "Capture", "Piece", "Pieces", "capture"]
 
-METRICS = frozenset({"loss", "norm"})
+METRICS = frozenset({"loss", "norm", "control"})
 """Collectives of a few bytes that report rather than train; strategies do not predict them."""
 
 
@@ -53,35 +53,34 @@ class Capture:
     spans: list[Span] = field(default_factory=list)
 
 
-def capture(
-    member: Member, config: Config, prepare: Callable[[Trainer], Any] | None = None, trace: bool = False
-) -> Capture:
+def capture(member: Member, config: Config, prepare: Callable[[Trainer], Any] | None = None) -> Capture:
     """Train for `train.steps` steps and take everything down. `prepare` may tamper with the trainer first.
 
-    `trace` adds the timeline of the last step; without it peak memory is measured there instead, which takes longer.
+    Peak memory is that of the last step but one; traffic and timeline, which measuring it would disturb, of the last.
     """
-    recorder = Recorder(board=member.board if member.world > 1 else None, detailed=trace)
+    recorder = Recorder(board=member.board if member.world > 1 else None)
     device = torch.device(member.device)
     mesh = Mesh(config.mesh.degrees, member.rank, device.type, recorder)
     trainer = Trainer(config, mesh, device, Corpus.load(config.data, config.model.vocab))
     if prepare:
         prepare(trainer)
     taken = Capture(place={axis: mesh.axis(axis).rank for axis in mesh.degrees}, parameters=[_pieces(trainer)])
+    peak = Peak(trainer.program, trainer.optimizer)
     for step in range(config.train.steps):
         last = step == config.train.steps - 1
+        weigh = peak if step == config.train.steps - 2 else nullcontext()
         recorder.sent.clear()
         batch = trainer.batch()
         taken.tokens.append(_digest(trainer.program.shard_batch(batch)))
         with ExitStack() as watch:
             if last:
                 watch.enter_context(Traffic(mesh))
-                if trace:
-                    taken.spans = watch.enter_context(Timeline(trainer))
-                else:
-                    peak = watch.enter_context(Peak(trainer.program, trainer.optimizer))
-            taken.losses.append(trainer.compute_gradients(batch).item())
+                taken.spans = watch.enter_context(Timeline(trainer))
+            with weigh:
+                taken.losses.append(trainer.compute_gradients(batch).item())
             taken.gradients.append(_pieces(trainer, gradients=True))
-            taken.norms.append(trainer.update().item())
+            with weigh:
+                taken.norms.append(trainer.update().item())
         taken.rates.append(trainer.optimizer.param_groups[0]["lr"])
         taken.parameters.append(_pieces(trainer))
         if last:
@@ -89,7 +88,7 @@ def capture(
                 key: round(sent) for key, sent in recorder.sent.items() if sent and key.split()[0] not in METRICS
             }
             taken.memory = held(trainer.program, trainer.optimizer)
-            taken.peak = 0 if trace else peak.bytes
+            taken.peak = peak.bytes
     return taken
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sandbox.verdict import Difference
 from sandbox.verify.capture import Pieces
-from sandbox.verify.verdict import Difference
 
 __all__ = ["Whole", "assemble", "differences", "spread"]
 

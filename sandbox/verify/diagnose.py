@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sandbox.config import Config
-from sandbox.verify.verdict import Difference
+from sandbox.verdict import Difference
 
 __all__ = ["Findings", "diagnose"]
 
@@ -127,7 +127,8 @@ def _weights(found: Findings, wrong: Sequence[Difference]) -> str:
     if found.losses[0] <= found.tolerance:
         return (
             f"weighting: the loss is right, but no gradient points where it should (worst cos {wrong[0].cos:.4f}): "
-            "rows are weighted by where they lie (a mean of means), or some ranks' or microbatches' share is lost."
+            "rows are weighted by where they lie (a mean of means), or some ranks' or microbatches' share is lost "
+            "or counted twice."
         )
     return (
         f"forward: the loss itself differs by {found.losses[0]:.1e} and all gradients with it: "

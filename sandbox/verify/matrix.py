@@ -15,11 +15,11 @@ from sandbox.errors import ConfigError
 from sandbox.plan import engines, find, plan, strategies
 from sandbox.verify.verifier import Case, fixture
 
-__all__ = ["alone", "case", "matrix"]
+__all__ = ["DATA", "MODEL", "TRAIN", "alone", "case", "matrix"]
 
 WORLDS = (2, 3, 4, 8)
 MODEL = Model(
-    layers=3, width=24, heads=4, kv_heads=2, hidden=37, norm="layer", mlp="gelu", bias=True, qk_norm=True, dropout=0.1
+    layers=2, width=24, heads=4, kv_heads=2, hidden=37, norm="layer", mlp="gelu", bias=True, qk_norm=True, dropout=0.1
 )
 TIED = Model(layers=2, width=24, heads=4, kv_heads=1, tied=True, vocab_multiple=8)
 DATA = Data(sequence=24)
@@ -79,7 +79,7 @@ def case(
     """One small case of any mesh: axis -> degree, strategy, options. Buckets are small, so that there are several."""
     sections = Mesh.model_validate(mesh)
     if "bucket_mb" in find(engine, sections.dp.strategy).Options.model_fields and "dp" in mesh:
-        sections = Mesh.model_validate(mesh | {"dp": {"bucket_mb": 0.02} | mesh["dp"]})
+        sections = Mesh.model_validate(mesh | {"dp": {"bucket_mb": 0.04} | mesh["dp"]})
     train_ = TRAIN.model_copy(update=train or {})
     return Case(fixture(Config(name=name, engine=engine, mesh=sections, model=model, data=data, train=train_), dtype))
 

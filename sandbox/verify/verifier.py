@@ -27,10 +27,10 @@ from sandbox.model import loss_sum
 from sandbox.plan import plan, predict
 from sandbox.runtime import Member, launch
 from sandbox.trainer import Trainer
+from sandbox.verdict import Amount, Difference, Verdict
 from sandbox.verify.capture import Capture, capture
 from sandbox.verify.compare import assemble, differences, spread
 from sandbox.verify.diagnose import Findings, diagnose
-from sandbox.verify.verdict import Amount, Difference, Verdict
 
 __all__ = ["Case", "Verifier", "fixture"]
 
@@ -47,7 +47,6 @@ class Case:
 
     config: Config
     prepare: Callable[[Trainer], Any] | None = None
-    trace: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Verifier:
         verdict = Verdict(
             name=config.name,
             engine=config.engine,
-            strategy=config.mesh.dp.strategy,
+            strategy=config.mesh.dp.strategy if config.mesh.world > 1 else "unsharded",
             mesh=str(config.mesh),
             dtype=config.train.dtype,
             world=config.mesh.world,
@@ -103,7 +102,7 @@ class Verifier:
             plan(config)
             reference = self.reference(config)
             started = time.perf_counter()
-            ranks = launch(config.mesh.world, capture, config, case.prepare, case.trace, timeout=config.run.timeout)
+            ranks = launch(config.mesh.world, capture, config, case.prepare, timeout=config.run.timeout)
             self._judge(verdict, config, reference, ranks)
         except UnsupportedError as error:
             verdict.status, verdict.cause = "unsupported", str(error)

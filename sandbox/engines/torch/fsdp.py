@@ -38,7 +38,7 @@ from sandbox.errors import MeshError
 from sandbox.layout import Layout
 from sandbox.mesh import Mesh
 from sandbox.predict import Prediction, state_copies
-from sandbox.program import Program, replace_parameters, shard_rows
+from sandbox.program import Program, make_optimizer, replace_parameters, shard_rows
 
 AXIS = "dp"
 
@@ -93,8 +93,14 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
         return norm.full_tensor().double()
 
     return replace(
-        program, parameters=parameters, layout=layout, shard_batch=shard_rows(program, mesh), begin=begin, clip=clip
-    )
+        program,
+        parameters=parameters,
+        layout=layout,
+        shard_batch=shard_rows(program, mesh),
+        begin=begin,
+        clip=clip,
+        make_optimizer=lambda finished: make_optimizer(finished, fused=program.config.train.optimizer == "adamw"),
+    )  # for DTensors torch has no fused SGD
 
 
 def shard_axis(mesh: Mesh) -> Axis:

@@ -1,12 +1,6 @@
-"""Bugs that really happened, planted on purpose: each must be caught, with its kind of cause, and its twin must hold.
+"""Bugs of the data axis: scale of the loss, synchronisation, norm and optimizer, data and random numbers."""
 
-A fault is a function that tampers with a rank's trainer before it starts; every case has fresh processes, so it may
-patch what it likes. `number` is the bug's place in our catalogue, `source` the report of one who had it.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,56 +13,7 @@ from sandbox.comm import Axis, Event, Pending, all_reduce
 from sandbox.program import Program, learning_rate, make_optimizer
 from sandbox.strategies import ddp
 from sandbox.trainer import Trainer
-from sandbox.verify.matrix import alone
-from sandbox.verify.verdict import Verdict
-from sandbox.verify.verifier import Case
-
-__all__ = ["FAULTS", "Fault"]
-
-Plant = Callable[[Trainer], Any]
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A planted bug: where it is planted, and the kind of cause that the verdict must name."""
-
-    name: str
-    number: int
-    source: str
-    kind: str
-    plant: Plant
-    strategy: str
-    world: int = 2
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def sick(self) -> Case:
-        """The case with the bug."""
-        return replace(self.clean(), prepare=self.plant)
-
-    def caught(self, verdict: Verdict) -> bool:
-        """Whether the sick case's verdict is a mismatch of the right kind."""
-        return verdict.status == "mismatch" and verdict.cause.split(":")[0] == self.kind
-
-    def clean(self) -> Case:
-        """The same case without it."""
-        return alone("native", self.strategy, self.world, self.name, **self.settings)
-
-
-FAULTS: dict[str, Fault] = {}
-
-
-def fault(
-    number: int, source: str, kind: str, strategy: str, world: int = 2, **settings: Any
-) -> Callable[[Plant], Plant]:
-    """Register the function below as a fault of that name."""
-
-    def register(plant: Plant) -> Plant:
-        name = getattr(plant, "__name__", "")
-        FAULTS[name] = Fault(name, number, f"https://github.com/{source}", kind, plant, strategy, world, settings)
-        return plant
-
-    return register
-
+from sandbox.verify.faults.planting import change, change_loss, fault, patch
 
 # Loss and its scale
 
@@ -77,33 +22,33 @@ def fault(
 def microbatch_mean_of_means(trainer: Trainer) -> None:
     """Each microbatch's loss is its own mean."""
     count = trainer.config.train.microbatches * trainer.config.mesh.dp.degree
-    _loss(trainer, lambda loss, batch, valid: loss / max(1, batch.valid) / count)
+    change_loss(trainer, lambda loss, batch, valid: loss / max(1, batch.valid) / count)
 
 
 @fault(2, "huggingface/transformers/issues/34242", "weighting", "zero2")
 def rank_mean_of_means(trainer: Trainer) -> None:
     """Each rank's loss is the mean over its own valid targets, then ranks are averaged."""
     shard, ranks = trainer.program.shard_batch, trainer.config.mesh.dp.degree
-    _loss(trainer, lambda loss, batch, valid: loss / shard(trainer.batch()).valid / ranks)
+    change_loss(trainer, lambda loss, batch, valid: loss / shard(trainer.batch()).valid / ranks)
 
 
 @fault(3, "huggingface/accelerate/issues/1839", "scale", "fsdp")
 def divided_twice(trainer: Trainer) -> None:
     """The loss is divided by the number of microbatches once more."""
-    _loss(trainer, lambda loss, batch, valid: loss / valid / trainer.config.train.microbatches)
+    change_loss(trainer, lambda loss, batch, valid: loss / valid / trainer.config.train.microbatches)
 
 
 @fault(7, "huggingface/transformers/issues/39648", "scale", "zero1", 4)
 def summed_for_averaged(trainer: Trainer) -> None:
     """The loss is scaled by the number of ranks for an average that is a sum."""
-    _loss(trainer, lambda loss, batch, valid: loss * trainer.config.mesh.world / valid)
+    change_loss(trainer, lambda loss, batch, valid: loss * trainer.config.mesh.world / valid)
 
 
 @fault(29, "Lightning-AI/pytorch-lightning/issues/19987", "weighting", "ddp")
 def last_microbatch_dropped(trainer: Trainer) -> None:
     """The last microbatch, a partial window, is never run."""
     inner = trainer.program.forward_backward
-    _change(trainer, forward_backward=lambda program, batches, valid: inner(program, batches[:-1], valid))
+    change(trainer, forward_backward=lambda program, batches, valid: inner(program, batches[:-1], valid))
 
 
 # Synchronisation and accumulation
@@ -118,7 +63,7 @@ def synchronised_one_microbatch_early(trainer: Trainer) -> None:
         seen[0] += 1
         begin(seen[0] % trainer.config.train.microbatches == 1)
 
-    _change(trainer, begin=early)
+    change(trainer, begin=early)
 
 
 @fault(27, "deepspeedai/DeepSpeed/pull/7985", "reduction", "ddp")
@@ -135,8 +80,8 @@ def last_microbatch_stays_local(trainer: Trainer) -> None:
 
     def only_early(bucket: Bucket, name: str) -> None:
         param = bucket.params[name]
-        assert param.grad is not None
-        late[name], param.grad = param.grad - early[name], early[name]
+        if param.grad is not None:
+            late[name], param.grad = param.grad - early[name], early[name]
         collect(bucket, name)
 
     def after() -> None:
@@ -146,8 +91,8 @@ def last_microbatch_stays_local(trainer: Trainer) -> None:
             params[name].grad = grad if reduced is None else reduced + grad
         late.clear()
 
-    _patch(Bucket, "collect", only_early)
-    _change(trainer, begin=before, reduce_grads=after)
+    patch(Bucket, "collect", only_early)
+    change(trainer, begin=before, reduce_grads=after)
 
 
 @fault(28, "ServiceNow/Fast-LLM/pull/551", "weighting", "zero2")
@@ -159,7 +104,7 @@ def accumulation_overwritten(trainer: Trainer) -> None:
         sums.sums.pop(sums._scatters[0][0], None)
         land(sums)
 
-    _patch(ScatterSum, "_land", overwrite)
+    patch(ScatterSum, "_land", overwrite)
 
 
 @fault(30, "pytorch/pytorch/issues/98281", "reduction", "ddp", 3)
@@ -178,8 +123,8 @@ def parameter_outside_the_wrapper(trainer: Trainer) -> None:
         for name, grad in own.items():
             trainer.program.parameters[name].grad = grad
 
-    _patch(Bucket, "collect", remember)
-    _change(trainer, reduce_grads=restore)
+    patch(Bucket, "collect", remember)
+    change(trainer, reduce_grads=restore)
 
 
 @fault(31, "deepspeedai/DeepSpeed/issues/5545", "reduction", "zero2", train={"microbatches": 1})
@@ -198,7 +143,7 @@ def bucket_overwritten_under_way(trainer: Trainer) -> None:
             launch(sums, 1, own, own_sizes, final)
         launch(sums, number, flat, sizes, final)
 
-    _patch(ScatterSum, "launch", late)
+    patch(ScatterSum, "launch", late)
 
 
 @fault(32, "facebookresearch/fairscale/issues/517", "reduction", "zero2", 4)
@@ -213,7 +158,7 @@ def last_bucket_not_flushed(trainer: Trainer) -> None:
         own = flat.split(sizes)[sums._shard.rank]
         sums.sums[number] = sums.sums[number] + own if number in sums.sums else own
 
-    _patch(ScatterSum, "launch", skip)
+    patch(ScatterSum, "launch", skip)
 
 
 @fault(41, "pytorch/pytorch/issues/106395", "precision", "ddp", 4)
@@ -225,7 +170,7 @@ def reduced_in_bfloat16(trainer: Trainer) -> None:
         short = exact(tensor.bfloat16(), axis)
         return Pending(axis, Event(0, "", "", 0, 0.0), (), lambda: tensor.copy_(short.wait()))
 
-    _patch(ddp, "all_reduce", narrow)
+    patch(ddp, "all_reduce", narrow)
 
 
 # Norm and optimizer
@@ -239,7 +184,7 @@ def clipped_by_the_local_norm(trainer: Trainer) -> None:
         norm: Tensor = torch.nn.utils.clip_grad_norm_(program.parameters.values(), most or 1e9, foreach=True)
         return norm.double()
 
-    _change(trainer, clip=local)
+    change(trainer, clip=local)
 
 
 @fault(34, "NVIDIA-NeMo/RL/pull/3788", "norm", "fsdp", 4, options={"replicas": 2})
@@ -251,7 +196,7 @@ def replicas_counted_in_the_norm(trainer: Trainer) -> None:
         norm: Tensor = factor * clip(program, None if most is None else most / factor)
         return norm
 
-    _change(trainer, clip=overcount)
+    change(trainer, clip=overcount)
 
 
 @fault(36, "deepspeedai/DeepSpeed/pull/2058", "optimizer", "zero1", 3)
@@ -264,7 +209,7 @@ def partition_copied_back_misaligned(trainer: Trainer) -> None:
         for param in trainer.program.model.parameters():
             param.data.view(-1)[1:] = param.data.view(-1)[:-1].clone()
 
-    _change(trainer, refresh=misaligned)
+    change(trainer, refresh=misaligned)
 
 
 @fault(37, "pytorch/pytorch/issues/149205", "state", "zero3", 3)
@@ -279,7 +224,7 @@ def gathered_from_a_stale_copy(trainer: Trainer) -> None:
         start(shard)
         shard.part = now
 
-    _patch(units.Shard, "start", stale)
+    patch(units.Shard, "start", stale)
 
 
 @fault(39, "pytorch/pytorch/issues/101343", "optimizer", "zero1", 3)
@@ -294,7 +239,7 @@ def decay_lost_by_flattening(trainer: Trainer) -> None:
 def schedule_steps_once_a_rank(trainer: Trainer) -> None:
     """The learning rate's clock ticks once for every rank."""
     world = trainer.config.mesh.world
-    _patch(sandbox.trainer, "learning_rate", lambda train, step: learning_rate(train, step * world))
+    patch(sandbox.trainer, "learning_rate", lambda train, step: learning_rate(train, step * world))
 
 
 @fault(42, "NVIDIA-NeMo/Automodel/pull/2995", "optimizer", "ddp", 3)
@@ -316,14 +261,13 @@ def momentum_dropped_on_resume(trainer: Trainer) -> None:
             trainer.optimizer.state.clear()
         return norm
 
-    _patch(trainer, "update", forgetful)
+    patch(trainer, "update", forgetful)
 
 
 @fault(61, "deepspeedai/DeepSpeed/pull/7839", "state", "ddp")
 def gradients_not_zeroed(trainer: Trainer) -> None:
     """What a step leaves in .grad is added to the next."""
-    for owner in (trainer.optimizer, trainer.program.model):
-        _patch(owner, "zero_grad", lambda set_to_none: None)
+    patch(trainer, "zero_grad", lambda: None)
 
 
 # Data, initial values, random numbers
@@ -333,7 +277,7 @@ def gradients_not_zeroed(trainer: Trainer) -> None:
 def same_rows_on_every_rank(trainer: Trainer) -> None:
     """The sampler believes that it is alone with rank 0."""
     size = trainer.mesh.data.size
-    _change(trainer, shard_batch=lambda batch: batch.split_rows(size)[0])
+    change(trainer, shard_batch=lambda batch: batch.split_rows(size)[0])
 
 
 @fault(44, "NVlabs/LongLive/issues/71", "data", "fsdp")
@@ -341,7 +285,7 @@ def shuffled_differently_on_each_rank(trainer: Trainer) -> None:
     """The permutation's seed includes the rank."""
     corpus, train = trainer.corpus, trainer.config.train
     seed = train.seed + trainer.mesh.rank
-    _patch(trainer, "batch", lambda: corpus.batch(trainer.step, seed=seed, rows=train.batch))
+    patch(trainer, "batch", lambda: corpus.batch(trainer.step, seed=seed, rows=train.batch))
 
 
 @fault(45, "pytorch/torchtitan/issues/166", "initialisation", "ddp", 3)
@@ -356,7 +300,7 @@ def replicas_start_apart(trainer: Trainer) -> None:
 def dropout_differs_by_rank(trainer: Trainer) -> None:
     """Masks are drawn from a generator that the rank seeds."""
     shard = trainer.program.shard_batch
-    _change(trainer, shard_batch=lambda batch: replace(shard(batch), key=batch.key + trainer.mesh.rank))
+    change(trainer, shard_batch=lambda batch: replace(shard(batch), key=batch.key + trainer.mesh.rank))
 
 
 @fault(59, "huggingface/accelerate/pull/4203", "data", "zero2")
@@ -367,31 +311,7 @@ def data_order_changes_on_resume(trainer: Trainer) -> None:
     def later() -> Batch:
         return corpus.batch(trainer.step + (trainer.step > 0), seed=train.seed, rows=train.batch)
 
-    _patch(trainer, "batch", later)
-
-
-def _patch(owner: object, name: str, value: object) -> None:
-    setattr(owner, name, value)
-
-
-def _change(trainer: Trainer, **slots: Any) -> None:
-    trainer.program = replace(trainer.program, **slots)
-
-
-def _loss(trainer: Trainer, normalise: Callable[[Tensor, Batch, float], Tensor]) -> None:
-    """Run microbatches as the program does, but with another scale for each loss."""
-
-    def forward_backward(program: Program, batches: list[Batch], valid: float) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64)
-        for number, batch in enumerate(batches, 1):
-            program.begin(number == len(batches))
-            loss = normalise(program.loss(program.model(batch), batch.targets), batch, valid)
-            loss.backward()
-            program.reduce_grads()
-            total += loss.detach()
-        return total
-
-    _change(trainer, forward_backward=forward_backward)
+    patch(trainer, "batch", later)
 
 
 def _buckets(trainer: Trainer) -> list[Bucket]:

@@ -1,23 +1,21 @@
-"""What a verification found, as data: printed as a table, written as JSON, drawn in the report."""
+"""What a verification found, as plain data: printed as a table, written as JSON, drawn in the report."""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+PLAIN = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
 __all__ = ["Amount", "Difference", "Span", "Verdict", "Verdicts"]
 
 
-class Record(BaseModel):
-    """Plain data that goes to JSON and back."""
-
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
-
-
-class Difference(Record):
+class Difference(BaseModel):
     """How one tensor differs from the reference.
 
     `error` = max|x - ref| / max(max|ref|, floor); `ratio` = <x, ref> / <ref, ref>; `cos` = their cosine.
     """
+
+    model_config = PLAIN
 
     tensor: str
     error: float
@@ -27,15 +25,19 @@ class Difference(Record):
     floored: bool = False  # the floor decided: the reference itself is zero up to rounding
 
 
-class Amount(Record):
+class Amount(BaseModel):
     """Bytes as predicted by the strategy's formula and as measured; one entry a rank where ranks differ."""
+
+    model_config = PLAIN
 
     predicted: list[int]
     measured: list[int]
 
 
-class Span(Record):
+class Span(BaseModel):
     """Something a rank was busy with, in seconds since its step began."""
+
+    model_config = PLAIN
 
     lane: Literal["compute", "collective"]
     name: str  # forward, backward, optimizer; or the collective and its axis
@@ -44,8 +46,10 @@ class Span(Record):
     bytes: int = 0
 
 
-class Verdict(Record):
+class Verdict(BaseModel):
     """One config, held against its reference."""
+
+    model_config = PLAIN
 
     name: str
     engine: str
@@ -79,8 +83,10 @@ class Verdict(Record):
         return self.status in ("held", "unsupported")
 
 
-class Verdicts(Record):
+class Verdicts(BaseModel):
     """A whole verification, and what it ran on."""
+
+    model_config = PLAIN
 
     versions: dict[str, str] = {}
     cases: list[Verdict] = []

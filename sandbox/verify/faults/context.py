@@ -12,7 +12,7 @@ from sandbox.blockwise import Backward, Forward, Tile
 from sandbox.model import attention
 from sandbox.ring import Ring
 from sandbox.trainer import Trainer
-from sandbox.verify.faults import _change, _loss, _patch, fault
+from sandbox.verify.faults.planting import change, change_loss, fault, patch
 
 SEED = 8
 """Of the seeds whose first step holds a row with two documents."""
@@ -21,7 +21,7 @@ SEED = 8
 @fault(6, "NVIDIA/Megatron-LM/issues/906", "scale", "context", 4)
 def scaled_for_an_average_over_cp(trainer: Trainer) -> None:
     """The loss is scaled by cp for an average over cp that is a sum."""
-    _loss(trainer, lambda loss, batch, valid: loss * trainer.config.mesh.cp.degree / valid)
+    change_loss(trainer, lambda loss, batch, valid: loss * trainer.config.mesh.cp.degree / valid)
 
 
 @fault(49, "NVIDIA-BioNeMo/bionemo-recipes/pull/1449", "data", "context")
@@ -35,7 +35,7 @@ def targets_shifted_after_the_cut(trainer: Trainer) -> None:
         targets[:, -1] = IGNORED
         return replace(mine, targets=targets)
 
-    _change(trainer, shard_batch=shifted)
+    change(trainer, shard_batch=shifted)
 
 
 @fault(50, "NVIDIA/Megatron-LM/pull/1612", "forward", "context", options={"order": "contiguous"})
@@ -47,7 +47,7 @@ def positions_counted_from_the_cut(trainer: Trainer) -> None:
         own = torch.arange(len(batch.columns)).expand_as(batch.positions)
         return angles(replace(batch, positions=own), width, dtype)
 
-    _patch(attention, "_angles", local)
+    patch(attention, "_angles", local)
 
 
 @fault(51, "huggingface/accelerate/pull/4177", "forward", "context", 3, options={"kind": "gather"})
@@ -59,7 +59,7 @@ def every_block_causal(trainer: Trainer) -> None:
         whole = torch.ones(len(queries.rows), 1, size, size, dtype=torch.bool).tril()
         return whole[:, :, : len(queries.columns), : len(keys.columns)]
 
-    _patch(blockwise, "visible", triangle)
+    patch(blockwise, "visible", triangle)
 
 
 @fault(51, "huggingface/trl/pull/6843", "forward", "context", train={"seed": SEED})
@@ -70,7 +70,7 @@ def documents_see_each_other(trainer: Trainer) -> None:
         seen = keys.columns <= queries.columns[:, None]
         return seen.expand(len(queries.rows), 1, -1, -1)
 
-    _patch(blockwise, "visible", earlier)
+    patch(blockwise, "visible", earlier)
 
 
 @fault(52, "jzhang38/EasyContext/issues/14", "forward", "context", 3)
@@ -85,7 +85,7 @@ def earlier_sums_not_scaled_down(trainer: Trainer) -> None:
             shrink = (largest - forward._largest[tile.queries]).exp()
             forward._sums[tile.queries].add_(sums * (1 - shrink))
 
-    _patch(Forward, "add", stale)
+    patch(Forward, "add", stale)
 
 
 @fault(52, "zhuzilin/ring-flash-attention/issues/42", "precision", "context", 4)
@@ -98,7 +98,7 @@ def merged_in_bfloat16(trainer: Trainer) -> None:
         for sums in forward._sums:
             sums.copy_(sums.bfloat16())
 
-    _patch(Forward, "add", rounded)
+    patch(Forward, "add", rounded)
 
 
 @fault(53, "NVIDIA/Megatron-LM/issues/1464", "backward", "context", 3)
@@ -117,8 +117,8 @@ def gradients_of_keys_do_not_come_home(trainer: Trainer) -> None:
         dq, _, *none = backward(ctx, grad)
         return dq, parts[0], *none
 
-    _patch(Backward, "add", noted)
-    _patch(Ring, "backward", staticmethod(without_the_last_hop))
+    patch(Backward, "add", noted)
+    patch(Ring, "backward", staticmethod(without_the_last_hop))
 
 
 @fault(54, "axolotl-ai-cloud/axolotl/pull/3498", "data", "context")
@@ -130,4 +130,4 @@ def columns_cut_twice(trainer: Trainer) -> None:
         mine = torch.arange(len(batch.columns)).tensor_split(axis.size)[axis.rank]
         return shard(batch.take_columns(mine))
 
-    _change(trainer, shard_batch=twice)
+    change(trainer, shard_batch=twice)

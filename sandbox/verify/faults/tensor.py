@@ -15,7 +15,7 @@ from sandbox.model import Block, Transformer
 from sandbox.regions import share_weights, start_gather, start_scatter
 from sandbox.strategies.tensor import own
 from sandbox.trainer import Trainer
-from sandbox.verify.faults import _change, _patch, fault
+from sandbox.verify.faults.planting import change, fault, patch
 
 SEQUENCE = {"sequence": True}
 BIASED = Model(layers=2, width=24, heads=4, kv_heads=2, hidden=36, norm="layer", mlp="gelu", bias=True, qk_norm=True)
@@ -50,7 +50,7 @@ def gradient_below_the_head_not_summed(trainer: Trainer) -> None:
     """The gradient of the head's input is the one of this rank's words."""
     head = _model(trainer).head
     assert head is not None
-    _patch(head, "forward", lambda x: F.linear(x, head.weight))
+    patch(head, "forward", lambda x: F.linear(x, head.weight))
 
 
 @fault(16, "inclusionAI/AReno/pull/496", "reduction", "tensor", model=BIASED)
@@ -88,7 +88,7 @@ def gradients_gathered_after_the_product(trainer: Trainer) -> None:
         return forward
 
     for linear in _rows(trainer):
-        _patch(linear, "forward", rows(linear))
+        patch(linear, "forward", rows(linear))
 
 
 @fault(18, "PaddlePaddle/Paddle/pull/35186", "forward", "tensor", model=BIASED)
@@ -117,7 +117,7 @@ def losses_summed_outside_of_autograd(trainer: Trainer) -> None:
         own_loss = ((mine.exp() + others).log() - target).masked_fill(~here, 0.0).sum()
         return own_loss + (all_reduce(own_loss.detach().clone(), axis).wait() - own_loss.detach())
 
-    _change(trainer, loss=loss)
+    change(trainer, loss=loss)
 
 
 @fault(21, "NVIDIA/Megatron-LM/issues/7452", "forward", "tensor", model=BIASED)
@@ -133,7 +133,7 @@ def exponentials_summed_twice(trainer: Trainer) -> None:
 
         return Pending(axis, Event(0, "", "", 0, 0.0), (), finish)
 
-    _patch(regions, "all_gather", again)
+    patch(regions, "all_gather", again)
 
 
 def _share_otherwise(
@@ -148,7 +148,7 @@ def _share_otherwise(
         pairs = zip(weights, shared, strict=True)
         return tuple(how(own, s, axis.size) if id(own) in chosen else s for own, s in pairs)
 
-    _patch(regions, "share", otherwise)
+    patch(regions, "share", otherwise)
 
 
 def _scale_gradient(tensor: Tensor, factor: float) -> Tensor:
@@ -163,7 +163,7 @@ def _bias_before_the_sum(trainer: Trainer, part: Callable[[Tensor, int], Tensor]
         return lambda x: border.leave(F.linear(x, linear.weight, part(linear.bias, border.axis.size)))
 
     for linear in _rows(trainer):
-        _patch(linear, "forward", rows(linear))
+        patch(linear, "forward", rows(linear))
 
 
 def _rows(trainer: Trainer) -> Iterable[nn.Linear]:

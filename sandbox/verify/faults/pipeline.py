@@ -1,4 +1,4 @@
-"""Bugs of pipelines that really happened, planted on purpose; what a fault is says faults.py."""
+"""Bugs of pipeline parallelism, planted in the schedule, the tied weight and the end of a step."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from sandbox.schedules import Action
 from sandbox.stages import completed
 from sandbox.strategies import pipeline
 from sandbox.trainer import Trainer
-from sandbox.verify.faults import _change, _patch, fault
+from sandbox.verify.faults.planting import change, fault, patch
 from sandbox.verify.matrix import TIED
 
 TWO_OF_EACH_STAGE = {"dp": {"degree": 2, "strategy": "ddp"}}
@@ -26,7 +26,7 @@ def normalised_after_backward(trainer: Trainer) -> None:
     def forward_backward(program: Program, batches: list[Batch], valid: float) -> Tensor:
         return inner(program, batches, 1) / valid
 
-    _change(trainer, forward_backward=forward_backward)
+    change(trainer, forward_backward=forward_backward)
 
 
 @fault(5, "pytorch/torchtitan/issues/1733", "weighting", "pipeline", 4)
@@ -40,13 +40,13 @@ def rescaled_with_every_accumulation(trainer: Trainer) -> None:
                 param.grad /= trainer.config.train.microbatches
         backward(self, action)
 
-    _patch(pipeline.Pipeline, "_backward", rescale)
+    patch(pipeline.Pipeline, "_backward", rescale)
 
 
 @fault(23, "uw-syfi/piper/issues/13", "reduction", "pipeline", model=TIED)
 def tied_gradient_not_summed(trainer: Trainer) -> None:
     """The first rank steps the tied weight by the embedding's gradient, the last by the head's."""
-    _patch(Mail, "add_gradients", lambda mail, param, holders: None)
+    patch(Mail, "add_gradients", lambda mail, param, holders: None)
 
 
 @fault(26, "meta-pytorch/torchrec/pull/4758", "reduction", "pipeline", beside=TWO_OF_EACH_STAGE)
@@ -68,5 +68,5 @@ def reduced_after_the_last_forward(trainer: Trainer) -> None:
             reduced = params[name].grad
             params[name].grad = grad if reduced is None else torch.add(reduced, grad)
 
-    _patch(pipeline, "completed", too_early)
-    _change(trainer, reduce_grads=reduce_before_all_is_there)
+    patch(pipeline, "completed", too_early)
+    change(trainer, reduce_grads=reduce_before_all_is_there)

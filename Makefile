@@ -1,0 +1,57 @@
+# `make` lists the targets. Each sets up what it needs: .venv, once.
+
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+# The first of these that is; another: make PYTHON=/path/to/python3
+PYTHON := $(or $(shell for name in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$name $(NEW_ENOUGH) 2>/dev/null && echo $$name && break; done),python3)
+BIN := .venv/bin
+SANDBOX := $(BIN)/sandbox
+SHORT := --set train.steps=60
+RUNS := unsharded ddp zero2 fsdp
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint unit parity bench picture clean
+
+help:  ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/.installed  ## Train unsharded, DDP, ZeRO-2 and FSDP, verify every config, draw runs/report.html
+	$(SANDBOX) run configs/unsharded.yaml $(SHORT)
+	$(SANDBOX) run configs/ddp.yaml $(SHORT)
+	$(SANDBOX) run configs/zero2.yaml $(SHORT)
+	$(SANDBOX) run configs/fsdp.yaml $(SHORT)
+	$(SANDBOX) verify configs/*.yaml --json runs/verdicts.json
+	$(SANDBOX) report $(RUNS:%=runs/%) runs/verdicts.json --reference runs/unsharded --out runs/report.html
+
+test: lint unit parity  ## Lint, types, import contracts, and all tests in random order
+
+lint: .venv/.installed  ## ruff, mypy, import contracts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: .venv/.installed  ## Tests of one process
+	$(BIN)/pytest -m unit
+
+parity: .venv/.installed  ## Tests of several processes
+	$(BIN)/pytest -m parity
+
+bench: .venv/.installed  ## Step time against torch's own implementations
+	$(BIN)/python benchmarks/step_time.py
+
+picture: .venv/.installed  ## Draw docs/hero.png from `sandbox verify --all`
+	mkdir -p runs
+	$(SANDBOX) verify --all --json runs/all.json
+	$(SANDBOX) report runs/all.json --out runs/all.html --picture docs/hero.png
+
+clean:  ## Remove .venv, runs and caches
+	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.installed: pyproject.toml
+	@$(PYTHON) $(NEW_ENOUGH) || { echo "Python 3.11 or newer is needed, and $(PYTHON) is not it." \
+		"Name another: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	touch $@

@@ -1,0 +1,91 @@
+"""Bugs that really happened, planted on purpose: each must be caught, with its kind of cause, and its twin must hold.
+
+A fault is a function that tampers with a rank's trainer before it starts; every case has fresh processes, so it may
+patch what it likes. `number` is its place in docs/faults.md, `source` the report of one who had it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sandbox.batch import Batch
+from sandbox.program import Program
+from sandbox.trainer import Trainer
+from sandbox.verdict import Verdict
+from sandbox.verify.matrix import alone
+from sandbox.verify.verifier import Case
+
+__all__ = ["FAULTS", "Fault", "change", "change_loss", "fault", "patch"]
+
+Plant = Callable[[Trainer], Any]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A planted bug: where it is planted, and the kind of cause that the verdict must name."""
+
+    name: str
+    number: int
+    source: str
+    kind: str
+    plant: Plant
+    strategy: str
+    world: int = 2
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def sick(self) -> Case:
+        """The case with the bug."""
+        return replace(self.clean(), prepare=self.plant)
+
+    def caught(self, verdict: Verdict) -> bool:
+        """Whether the sick case's verdict is a mismatch of the right kind."""
+        return verdict.status == "mismatch" and verdict.cause.split(":")[0] == self.kind
+
+    def clean(self) -> Case:
+        """The same case without it."""
+        return alone("native", self.strategy, self.world, self.name, **self.settings)
+
+
+FAULTS: dict[str, Fault] = {}
+
+
+def fault(
+    number: int, source: str, kind: str, strategy: str, world: int = 2, **settings: Any
+) -> Callable[[Plant], Plant]:
+    """Register the function below as a fault of that name."""
+
+    def register(plant: Plant) -> Plant:
+        name = getattr(plant, "__name__", "")
+        FAULTS[name] = Fault(name, number, f"https://github.com/{source}", kind, plant, strategy, world, settings)
+        return plant
+
+    return register
+
+
+def patch(owner: object, name: str, value: object) -> None:
+    """Put `value` in the place of an attribute of a module, class or object."""
+    setattr(owner, name, value)
+
+
+def change(trainer: Trainer, **slots: Any) -> None:
+    """Put other functions into slots of the trainer's program."""
+    trainer.program = replace(trainer.program, **slots)
+
+
+def change_loss(trainer: Trainer, normalise: Callable[[Tensor, Batch, float], Tensor]) -> None:
+    """Run microbatches as the program does, but with another scale for each loss."""
+
+    def forward_backward(program: Program, batches: list[Batch], valid: float) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for number, batch in enumerate(batches, 1):
+            program.begin(number == len(batches))
+            loss = normalise(program.loss(program.model(batch), batch.targets), batch, valid)
+            loss.backward()
+            program.reduce_grads()
+            total += loss.detach()
+        return total
+
+    change(trainer, forward_backward=forward_backward)

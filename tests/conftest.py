@@ -1,0 +1,18 @@
+"""Every test has a tier; and where worlds will be started, torch is imported for them while the tests are collected."""
+
+import pytest
+
+from sandbox.runtime import warm
+
+TIERS = {"unit", "parity"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    without = [item.nodeid for item in items if len(TIERS & {mark.name for mark in item.iter_markers()}) != 1]
+    if without:
+        raise pytest.UsageError("mark these unit or parity, and not both:\n" + "\n".join(without))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if any(item.get_closest_marker("parity") for item in session.items) and not session.config.option.collectonly:
+        warm()

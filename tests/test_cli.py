@@ -1,0 +1,342 @@
+"""The command line: what it answers, with which exit code, and never with a traceback."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox import cli
+from sandbox.verdict import Verdicts
+
+unit, parity = pytest.mark.unit, pytest.mark.parity
+ROOT = Path(__file__).parent.parent
+
+SMALL = """
+mesh:
+  dp: {degree: 2, strategy: %s}
+model: {layers: 1, width: 16, heads: 2}
+data: {sequence: 12}
+train: {steps: 4, batch: 4, schedule: cosine}
+run: {device: cpu}
+"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command printed, and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Answer]
+
+
+@pytest.fixture
+def sandbox(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run the command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["sandbox", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err
+        code = ended.value.code
+        assert isinstance(code, int)
+        return Answer(code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL % "zero2")
+    return path
+
+
+@unit
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("run", "absent.yaml"), "absent.yaml: cannot be read (No such file or directory)."),
+        (("run", "smal.yaml"), "smal.yaml: cannot be read (No such file or directory). Did you mean small.yaml?"),
+        (
+            ("run", "small.yaml", "--set", "train.stepz=3"),
+            "small.yaml: train.stepz is not a field. Did you mean train.steps?",
+        ),
+        (
+            ("run", "small.yaml", "--set", "mesh.dp.degre=4"),
+            "small.yaml: mesh.dp.degre is not a field. Did you mean mesh.dp.degree?",
+        ),
+        (
+            ("run", "small.yaml", "--set", "train.steps"),
+            "--set train.steps: write KEY=VALUE, such as mesh.dp.degree=4.",
+        ),
+        (
+            ("run", "small.yaml", "--set", "mesh.dp.degree=0"),
+            "small.yaml: mesh.dp.degree: 0 should be greater than or equal to 1.",
+        ),
+        (("run", "small.yaml", "--set", "mesh.dp.degree=8"), "small.yaml: train.batch 4 leaves a rank without a row"),
+        (
+            ("run", "small.yaml", "--set", "mesh.dp.strategy=zero4"),
+            "'zero4' is not a strategy of engine native. Did you mean zero",
+        ),
+        (("run", "small.yaml", "--set", "engine=torhc"), "'torhc' is not an engine. Did you mean torch?"),
+        (("run", "small.yaml", "--set", "engine=torch"), "engine torch cannot run zero2: "),
+        (
+            ("run", "small.yaml", "--resume"),
+            "runs/small/checkpoints: holds no checkpoint. Train with run.checkpoint_every: N first.",
+        ),
+        (("verify",), "verify: name configs, such as configs/zero2.yaml, or say --all."),
+        (("verify", "small.yaml", "--all"), "verify: name configs, such as configs/zero2.yaml, or say --all."),
+        (
+            ("verify", "small.yaml", "--dtype", "float16"),
+            "--dtype float16: is not one of float64, float32, bfloat16, config.",
+        ),
+        (("verify", "--all", "--only", "zzz"), "--only zzz: no case of --all has that in its `engine name`."),
+        (("explain", "zero4"), "'zero4' is not a strategy of engine native. Did you mean zero"),
+        (("explain", "zero2", "--engine", "torch"), "engine torch cannot run zero2: "),
+        (("explain", "ddp", "--engine", "nope"), "'nope' is not an engine."),
+        (("faults", "--only", "zzz"), "--only zzz: no fault has that in its name. There are: "),
+        (("config", "show", "absent.yaml"), "absent.yaml: cannot be read"),
+        (("report", "absent.json"), "absent.json: cannot be read (No such file or directory)."),
+        (("report", "small.yaml"), "small.yaml: cannot be read (not the JSON of verify --json)."),
+        (("run",), "Missing argument 'CONFIG'"),
+        (("runn", "small.yaml"), "No such command 'runn'"),
+        (("run", "small.yaml", "--stes"), "No such option"),
+    ],
+)
+def test_a_wrong_input_is_named_and_ends_with_2(
+    sandbox: Run, config: Path, arguments: tuple[str, ...], text: str
+) -> None:
+    answer = sandbox(*arguments)
+    assert text in " ".join(answer.err.split())
+    assert answer.code == 2
+    assert answer.out == ""
+    assert [path.name for path in config.parent.iterdir()] == [config.name], "nothing is written"
+
+
+@unit
+@pytest.mark.parametrize(
+    ("option", "arguments"),
+    [
+        ("--json", ("verify", "small.yaml", "--json", "absent/verdicts.json")),
+        ("--report", ("verify", "small.yaml", "--report", "absent/report.html")),
+        ("--folder", ("run", "small.yaml", "--folder", "small.yaml/inside")),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_named_before_anything_runs(
+    sandbox: Run, config: Path, option: str, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: object, **options: object) -> None:
+        pytest.fail("a world was launched")
+
+    monkeypatch.setattr("sandbox.run.launch", never)
+    monkeypatch.setattr("sandbox.verify.verifier.launch", never)
+    answer = sandbox(*arguments)
+    assert answer.code == 2
+    assert option in answer.err or "absent" in answer.err or "inside" in answer.err
+
+
+@unit
+def test_the_list_shows_what_runs_and_why_the_rest_does_not(sandbox: Run) -> None:
+    answer = sandbox("list")
+    assert answer.code == 0
+    for line in ("ddp", "zero1", "zero2", "zero3", "fsdp"):
+        assert any(row.split()[:1] == [line] for row in answer.out.splitlines())
+    assert "- torch zero2: " in answer.out
+    marks = {row.split()[0]: row.split()[2:] for row in answer.out.splitlines() if row.split()[1:2] == ["dp"]}
+    assert marks["zero2"] == ["✓", "-"]
+    assert marks["ddp"] == ["✓", "✓"]
+
+
+@unit
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "fsdp"])
+def test_a_strategy_is_explained_with_its_options_and_its_bytes(sandbox: Run, strategy: str) -> None:
+    answer = sandbox("explain", strategy)
+    assert answer.code == 0
+    assert "Source: " in answer.out
+    assert f"{strategy} on 4 ranks (dp 4)" in answer.out
+    assert "parameter W" in answer.out
+    for text in ("sent a step, ", "held, parameters", "held, gradients", "held, optimizer", "rank 3"):
+        assert text in answer.out
+
+
+@unit
+def test_a_strategy_is_explained_for_a_config(sandbox: Run, config: Path) -> None:
+    assert "zero2 on 3 ranks (dp 3)" in sandbox("explain", "zero2", config, "--set", "mesh.dp.degree=3").out
+    assert "zero3 on 2 ranks (dp 2)" in sandbox("explain", "zero3", config).out
+    assert "fsdp on 2 ranks (dp 2)" in sandbox("explain", "fsdp", config, "--engine", "torch").out
+
+
+@unit
+def test_a_config_is_shown_with_every_default_and_can_be_read_again(sandbox: Run, config: Path) -> None:
+    shown = sandbox("config", "show", config, "--set", "train.lr=0.5")
+    assert shown.code == 0
+    config.write_text(shown.out)
+    assert sandbox("config", "show", config).out == shown.out
+    for line in ("  lr: 0.5", "    strategy: zero2", "  checkpoint_every: 0"):
+        assert line in shown.out.splitlines()
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> dict[int, tuple[float, float, float]]:
+    return {m["step"]: (m["loss"], m["grad_norm"], m["lr"]) for m in lines(folder) if "loss" in m}
+
+
+@parity
+def test_a_run_writes_its_metrics(sandbox: Run, config: Path, tmp_path: Path) -> None:
+    answer = sandbox(
+        "run", config, "--set", "train.steps=3", "--set", "train.eval_every=2", "--set", "train.eval_batches=1"
+    )
+    assert answer.code == 0
+    assert answer.err == ""
+    head, *rest = lines(tmp_path / "runs" / "small")
+    assert set(head["run"]) == {
+        "name", "engine", "strategy", "mesh", "world", "device", "parameters", "unigram_entropy", "corpus", "from_step",
+    }  # fmt: skip
+    facts = {key: head["run"][key] for key in ("name", "engine", "strategy", "mesh", "world", "device", "from_step")}
+    assert facts == {
+        "name": "small", "engine": "native", "strategy": "zero2", "mesh": "dp 2", "world": 2, "device": "cpu",
+        "from_step": 0,
+    }  # fmt: skip
+    steps = [m for m in rest if "loss" in m]
+    assert [m["step"] for m in steps] == [1, 2, 3]
+    assert all(set(m) == {"step", "loss", "grad_norm", "lr", "tokens_per_second", "seconds"} for m in steps)
+    checks = [m for m in rest if "validation_loss" in m]
+    assert [m["step"] for m in checks] == [2, 3]
+    assert all(set(m) == {"step", "validation_loss", "bits_per_byte"} for m in checks)
+    assert "zero2 on 2 ranks (dp 2)" in answer.out
+    assert "step 3/3  loss" in answer.out
+
+
+@parity
+@pytest.mark.parametrize("strategy", ["zero2", "fsdp"])
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
+    sandbox: Run, config: Path, tmp_path: Path, strategy: str
+) -> None:
+    config.write_text(SMALL % strategy)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    often = ("--set", "run.checkpoint_every=2", "--set", "train.eval_batches=1")
+    assert sandbox("run", config, "--folder", whole, *often).code == 0
+    shorter = whole / "checkpoints" / "step-000002"
+    (cut / "checkpoints").mkdir(parents=True)
+    shorter.rename(cut / "checkpoints" / "step-000002")
+    answer = sandbox("run", config, "--folder", cut, "--resume", *often)
+    assert answer.code == 0
+    assert lines(cut)[0]["run"]["from_step"] == 2
+    assert losses(cut) == {step: values for step, values in losses(whole).items() if step > 2}
+    assert sorted(path.name for path in (cut / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+
+
+@parity
+def test_a_run_on_one_rank_says_nothing_on_standard_error(sandbox: Run, config: Path, tmp_path: Path) -> None:
+    alone = ("--set", "mesh.dp.degree=1", "--set", "run.checkpoint_every=2", "--set", "train.eval_batches=1")
+    answer = sandbox("run", config, *alone)
+    assert (answer.code, answer.err) == (0, "")
+    assert lines(tmp_path / "runs" / "small")[0]["run"]["strategy"] == "unsharded"
+
+
+@parity
+def test_a_checkpoint_of_another_layout_is_refused(sandbox: Run, config: Path) -> None:
+    often = ("--set", "run.checkpoint_every=2", "--set", "train.eval_batches=1")
+    assert sandbox("run", config, *often).code == 0
+    answer = sandbox("run", config, "--resume", "--set", "mesh.dp.strategy=zero1")
+    assert answer.code == 2
+    assert "was saved with mesh" in answer.err
+
+
+@parity
+def test_a_data_file_that_is_absent_is_named(sandbox: Run, config: Path, tmp_path: Path) -> None:
+    answer = sandbox("run", config, "--set", "data.files=[nowhere.txt]")
+    assert (answer.code, answer.out) == (2, "")
+    assert "data.files: nowhere.txt cannot be read (No such file or directory). Correct" in answer.err
+    assert not (tmp_path / "runs").exists()
+
+
+@parity
+def test_verifying_says_held_and_writes_verdicts(sandbox: Run, config: Path, tmp_path: Path) -> None:
+    answer = sandbox("verify", config, "--json", tmp_path / "v.json")
+    assert answer.code == 0
+    assert "small" in answer.out
+    verdicts = Verdicts.model_validate_json((tmp_path / "v.json").read_bytes())
+    (case,) = verdicts.cases
+    assert (case.name, case.strategy, case.dtype, case.status) == ("small", "zero2", "float64", "held")
+    assert list(verdicts.versions) == ["native"]
+    assert case.worst is not None
+    assert case.worst.error <= 1e-12
+
+
+@parity
+def test_a_report_of_verdicts_and_a_run_is_one_page(sandbox: Run, config: Path, tmp_path: Path) -> None:
+    assert sandbox("verify", config, "--json", "v.json", "--report", "v.html").code == 0
+    assert sandbox("run", config, "--set", "train.steps=2", "--set", "train.eval_batches=1").code == 0
+    answer = sandbox("report", "v.json", "runs/small", "--out", "both.html")
+    assert (answer.code, answer.out) == (0, "wrote both.html\n")
+    for name in ("v.html", "both.html"):
+        page = (tmp_path / name).read_text()
+        assert "small" in page
+        assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+@parity
+def test_a_mismatch_ends_with_1(sandbox: Run, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sandbox.verify import verifier
+    from sandbox.verify.faults import FAULTS
+
+    sick = FAULTS["same_rows_on_every_rank"].plant
+    launch = verifier.launch
+
+    def tampered(world: int, work: Any, config: Any, *args: Any, **options: Any) -> Any:
+        return launch(world, work, config, *((sick, *args[1:]) if args else args), **options)
+
+    monkeypatch.setattr(verifier, "launch", tampered)
+    answer = sandbox("verify", config)
+    assert answer.code == 1
+    assert "data: " in answer.out
+    assert "were seen more than once" in " ".join(answer.out.split())
+
+
+@parity
+def test_a_fault_is_reported_as_caught(sandbox: Run) -> None:
+    answer = sandbox("faults", "--only", "divided_twice")
+    assert answer.code == 0
+    assert "divided_twice" in answer.out
+
+
+@unit
+@pytest.mark.parametrize("arguments", [(), ("run",), ("verify",), ("config",)])
+def test_help_is_there(sandbox: Run, arguments: tuple[str, ...]) -> None:
+    answer = sandbox(*arguments, "--help")
+    assert answer.code == 0
+    assert "Usage: " in answer.out
+
+
+@unit
+def test_help_imports_no_torch() -> None:
+    check = (
+        "import sys; from sandbox import cli; sys.argv = ['sandbox', '--help']\n"
+        "try: cli.main()\nexcept SystemExit: sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True, check=False).returncode == 0
+
+
+@unit
+def test_the_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "sandbox", "run", "absent.yaml"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("absent.yaml: cannot be read")

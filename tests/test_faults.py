@@ -1,0 +1,57 @@
+"""Bugs that really happened are caught, each by its kind of cause, and what is not a bug is not."""
+
+import pytest
+import world
+
+from sandbox.verify import Case
+from sandbox.verify.faults import FAULTS, Fault
+
+EACH = pytest.mark.parametrize("fault", FAULTS.values(), ids=lambda fault: fault.name)
+
+
+@pytest.mark.parity
+@EACH
+def test_a_planted_bug_is_caught_and_its_cause_named(fault: Fault) -> None:
+    verdict = world.verifier().verify(fault.sick())
+    assert fault.caught(verdict), f"{verdict.status}: {verdict.cause}"
+
+
+@pytest.mark.parity
+@EACH
+def test_its_twin_without_the_bug_holds(fault: Fault) -> None:
+    verdict = world.verifier().verify(fault.clean())
+    assert verdict.status == "held", verdict.cause
+    assert not fault.caught(verdict)
+
+
+@pytest.mark.unit
+def test_the_catalogue_is_large_and_each_bug_is_in_it_once() -> None:
+    assert len(FAULTS) >= 15
+    assert len({fault.number for fault in FAULTS.values()}) == len(FAULTS)
+    assert all(name == fault.name for name, fault in FAULTS.items())
+    assert all(1 <= fault.number <= 62 for fault in FAULTS.values())
+
+
+@pytest.mark.unit
+@EACH
+def test_a_bug_has_a_report_and_a_description(fault: Fault) -> None:
+    assert fault.source.count("/") >= 6
+    assert fault.source.rpartition("/")[2].isdigit()
+    assert fault.plant.__doc__
+    assert fault.sick().prepare is fault.plant
+    assert fault.sick().config == fault.clean().config
+
+
+@pytest.mark.unit
+def test_every_native_strategy_and_kind_of_cause_is_tried() -> None:
+    assert {fault.strategy for fault in FAULTS.values()} == set(world.NATIVE)
+    assert {fault.kind for fault in FAULTS.values()} >= {
+        "weighting", "scale", "reduction", "precision", "norm", "optimizer", "state", "data", "initialisation",
+        "forward", "learning rate",
+    }  # fmt: skip
+
+
+@pytest.mark.parity
+def test_a_tampering_that_changes_nothing_holds() -> None:
+    clean = FAULTS["clipped_by_the_local_norm"].clean()
+    assert world.verifier().verify(Case(clean.config, prepare=world.nothing)).status == "held"

@@ -1,0 +1,83 @@
+"""Everything that `sandbox verify --all` runs: gradients, parameters, norms, bytes sent and bytes held."""
+
+import pytest
+import world
+
+from sandbox.plan import engines, find, strategies
+from sandbox.verify import Case, Verdict, matrix
+
+CASES = list(matrix())
+
+
+def name(case: Case) -> str:
+    return f"{case.config.engine} {case.config.name}"
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_a_case_holds(case: Case) -> None:
+    verdict = world.verifier().verify(case)
+    assert verdict.status == "held", verdict.cause
+    assert_close(case, verdict)
+    assert_bytes_are_as_predicted(case, verdict)
+
+
+def assert_close(case: Case, verdict: Verdict) -> None:
+    assert len(verdict.gradients) == len(verdict.parameters) > 10
+    assert len(verdict.losses) == 3
+    errors = [max(d.error, d.drift) for d in (*verdict.gradients, *verdict.parameters)]
+    bound = world.EXACT if case.config.train.dtype == "float64" else verdict.tolerance
+    assert max(*errors, verdict.loss, verdict.norm) <= bound
+    if case.config.train.dtype == "float64":
+        assert verdict.tolerance == world.EXACT
+    else:
+        assert 0 < verdict.tolerance < {"float32": 1e-2, "bfloat16": 4}[case.config.train.dtype]
+
+
+def assert_bytes_are_as_predicted(case: Case, verdict: Verdict) -> None:
+    assert verdict.traffic
+    assert set(verdict.memory) == {"parameters", "gradients", "optimizer"}
+    for amount in (*verdict.traffic.values(), *verdict.memory.values()):
+        assert amount.measured == amount.predicted
+        assert len(amount.measured) == case.config.mesh.world
+        assert sum(amount.measured) > 0
+    held = [sum(amount.measured[rank] for amount in verdict.memory.values()) for rank in range(verdict.world)]
+    assert len(verdict.peak) == verdict.world
+    assert all(peak >= least for peak, least in zip(verdict.peak, held, strict=True))
+
+
+@pytest.mark.unit
+def test_the_matrix_holds_every_strategy_of_every_engine_at_every_world() -> None:
+    found = {(c.config.engine, c.config.mesh.dp.strategy, c.config.mesh.world) for c in CASES}
+    wanted = {(engine, strategy, n) for engine in engines() for strategy in strategies(engine) for n in (2, 3, 4, 8)}
+    assert found == wanted
+
+
+@pytest.mark.unit
+def test_the_matrix_tries_every_choice_of_every_option() -> None:
+    for engine in engines():
+        for strategy in strategies(engine):
+            cases = [c.config.mesh.dp for c in CASES if c.config.engine == engine]
+            mine = [axis for axis in cases if axis.strategy == strategy]
+            for option, field in find(engine, strategy).Options.model_fields.items():
+                if field.annotation is bool:
+                    assert (not field.default) in [axis.options.get(option) for axis in mine], (
+                        engine,
+                        strategy,
+                        option,
+                    )
+            assert any(axis.replicas == 2 for axis in mine)
+
+
+@pytest.mark.unit
+def test_names_tell_cases_apart() -> None:
+    assert len({name(case) for case in CASES}) == len(CASES)
+
+
+@pytest.mark.unit
+def test_the_matrix_hides_nothing() -> None:
+    for case in CASES:
+        train, data, model = case.config.train, case.config.data, case.config.model
+        assert (train.steps, train.optimizer, data.mask, model.init) == (3, "sgd_momentum", "ragged", "rough")
+    uneven = [c for c in CASES if c.config.train.batch % c.config.mesh.dp.degree]
+    assert {c.config.mesh.dp.strategy for c in uneven} >= set(world.NATIVE)
