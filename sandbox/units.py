@@ -15,7 +15,7 @@ are whole again when the storage is filled again.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,8 +128,7 @@ def gather_on_use(
 ) -> Program:
     """Return `program` with parameters, gradients and optimizer state cut over dp_shard x cp by `cut`."""
     axis = mesh.axis("dp_shard", "cp")
-    compute = program.model.dtype
-    assert isinstance(compute, torch.dtype)
+    compute = cast(torch.dtype, program.model.dtype)
     units = cut_units(program.model)
     narrow = each or program.config.train.microbatches == 1  # what adds up locally needs the full precision
     shards = [Shard(unit, cut, axis, program, compute, compute if narrow else None) for unit in units]
@@ -141,24 +140,21 @@ def gather_on_use(
         if prefetch and 0 <= following < len(shards):
             shards[following].start()
 
-    for number, unit in enumerate(units):
-        kept = unit.kept or not reshard_after_forward
-
-        def before(module: nn.Module, args: Any, number: int = number) -> None:
-            first = module is units[number].modules[0]
+    def watch(number: int, unit: Unit) -> None:
+        def before(module: nn.Module, args: Any) -> None:
+            first = module is unit.modules[0]
             if first and module.training:
                 if number in seen:
                     busy.add(number)  # forward for the second time in a pass: backward recomputes it
                 seen.add(number)
             use(number, number + 1 if first and number + 1 not in seen else -1)
 
-        def after(module: nn.Module, args: Any, out: Tensor, number: int = number, kept: bool = kept) -> None:
-            if not torch.is_grad_enabled():
-                shards[number].free()
-                return
-            out.register_hook(lambda grad: enter_backward(number))
-            if not (kept or number in busy):
-                shards[number].free()
+        def after(module: nn.Module, args: Any, out: Tensor) -> None:
+            if torch.is_grad_enabled():
+                out.register_hook(lambda grad: enter_backward(number))
+                if unit.kept or not reshard_after_forward or number in busy:
+                    return
+            shards[number].free()
 
         for module in unit.modules:
             module.register_forward_pre_hook(before)
@@ -166,6 +162,9 @@ def gather_on_use(
 
     seen: set[int] = set()  # units whose forward has begun in this pass
     busy: set[int] = set()  # units whose backward has begun: a recomputed forward must not free them
+
+    for number, unit in enumerate(units):
+        watch(number, unit)
 
     def begin(final: bool) -> None:
         program.begin(final)
