@@ -62,7 +62,7 @@ class Bucket:
 
     def take(self) -> Tensor:
         """Hand out the flat tensor. What has no gradient has gradient zero, not none."""
-        for name in self.params:
+        for name in self.params.keys() - self._filled:
             self.collect(name)  # what earlier passes left in a parameter that the last one did not use
         first = next(iter(self.params.values()))
         flat, self._flat = self._flat, None

@@ -1,4 +1,4 @@
-"""Cutting the parameters of a bucket over the ranks of an axis: one part a rank, of a size but for one element or row.
+"""Cutting the parameters of a bucket over the ranks of an axis: one part a rank, of about a size.
 
 ZeRO cuts the concatenation of all parameters into ranges, wherever they begin and end. FSDP cuts each parameter by
 rows. Either way a rank holds one range of every flattened parameter, perhaps an empty one, and its part is those ranges

@@ -11,7 +11,7 @@ A unit's gradients are reduced as soon as they are complete, and its parameters 
 In a pipeline, whose microbatches take turns, units stay whole from their first use in a step to their last.
 
 To free is to shrink the storage to nothing: the parameters, and what autograd saved of them, stay valid views of it and
-are whole again when the storage is filled again.
+are whole again when the storage is filled again. (In between there is nothing to read: not even for `state_dict`.)
 """
 
 from collections.abc import Callable, Mapping

@@ -41,6 +41,7 @@ def diagnose(found: Findings) -> str:
     """Name the kind of cause, then what was seen: `scale: every gradient is 2.0000 times ... (mesh.dp.degree)`."""
     checks: list[Callable[[Findings], str]] = [
         _coverage, _start, lambda f: f.rows and f"data: {f.rows}", _gradients, _norm, _step, _later,
+        _reported,
     ]  # fmt: skip
     return next((cause for check in checks if (cause := check(found))), "") or found.amounts
 
@@ -177,6 +178,13 @@ def _later(found: Findings) -> str:
                 )
         if not abs(found.norms[step] - 1) <= found.tolerance:
             return f"norm: from step {step + 1} on it is {found.norms[step]:.4f} times the reference's."
+    return ""
+
+
+def _reported(found: Findings) -> str:
+    for step, error in enumerate(found.losses, 1):
+        if not error <= found.tolerance:
+            return f"loss: gradients and parameters are right, but what step {step} reports is off by {error:.1e}."
     return ""
 
 

@@ -147,13 +147,13 @@ class Verifier:
         found = replace(found, amounts=_unexpected(verdict.traffic, "sent") or _unexpected(verdict.memory, "held"))
         verdict.tolerance = found.tolerance
         verdict.losses, verdict.reference_losses = losses, expected
-        verdict.loss, verdict.norm = max(found.losses), max(abs(ratio - 1) for ratio in found.norms)
+        verdict.loss, verdict.norm = _largest(found.losses), _largest([abs(ratio - 1) for ratio in found.norms])
         verdict.gradients = _worst(found.gradients)
         verdict.parameters = list(found.parameters[-1])
         verdict.peak = [rank.peak for rank in ranks]
         verdict.timeline = align([rank.spans for rank in ranks])
         good = (
-            max(verdict.loss, verdict.norm) <= found.tolerance
+            _largest([verdict.loss, verdict.norm]) <= found.tolerance
             and not any(found.wrong(step) for step in (*found.gradients, *found.parameters))
             and not found.rows
             and not found.amounts
@@ -211,6 +211,11 @@ def _wholes(run: Capture, kind: str) -> list[dict[str, Tensor]]:
 
 def _larger(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
     return {name: max(value, other[name]) for name, value in one.items()}
+
+
+def _largest(errors: Sequence[float]) -> float:
+    """Like max, but not a number is larger than all numbers."""
+    return max(errors, key=lambda error: float("inf") if math.isnan(error) else error)
 
 
 def _furthest(ratios: Sequence[float]) -> float:
