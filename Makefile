@@ -10,7 +10,7 @@ SHORT := --set train.steps=60
 RUNS := unsharded ddp zero2 fsdp
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint unit parity bench picture clean
+.PHONY: help demo test lint unit parity axes bench picture clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,8 +34,11 @@ lint: .venv/.installed  ## ruff, mypy, import contracts
 unit: .venv/.installed  ## Tests of one process
 	$(BIN)/pytest -m unit
 
-parity: .venv/.installed  ## Tests of several processes
-	$(BIN)/pytest -m parity
+parity: .venv/.installed  ## Tests of several processes, for the data axis and the whole matrix
+	$(BIN)/pytest -m parity --ignore tests/axes
+
+axes: .venv/.installed  ## Tests of several processes, for tensor, sequence, context and pipeline parallelism
+	$(BIN)/pytest -m parity tests/axes
 
 bench: .venv/.installed  ## Step time against torch's own implementations
 	$(BIN)/python benchmarks/step_time.py
