@@ -130,8 +130,8 @@ def list_() -> None:
     console = _console()
     console.print(table)
     for engine in engines():
-        for name, reason in unsupported(engine).items():
-            console.print(f"- {engine} {name}: {reason}")
+        for name in (name for name in names if name not in strategies(engine)):
+            console.print(f"- {engine} {name}: {unsupported(engine).get(name, 'not written yet.')}")
     for engine in engines():
         console.print(f"{engine}: {_version(engine)}")
 

@@ -35,7 +35,7 @@ from sandbox.model import build
 from sandbox.predict import Prediction, bytes_of, state_copies
 from sandbox.program import Program, materialise, unsharded
 
-__all__ = ["Planned", "Strategy", "engines", "find", "fold", "plan", "predict", "strategies", "unsupported"]
+__all__ = ["Planned", "Strategy", "engines", "find", "fold", "name_of", "plan", "predict", "strategies", "unsupported"]
 
 FOLD = ("pp", "tp", "cp", "dp")
 """The order in which strategies are folded over the model: each meets what the ones before it have left."""
@@ -97,6 +97,11 @@ def find(engine: str, name: str) -> Strategy:
 def plan(config: Config) -> list[Planned]:
     """The strategies of `config` with their options, in the order of the fold; axes of degree 1 are only checked."""
     return [planned for planned, active in _resolve(config) if active]
+
+
+def name_of(config: Config) -> str:
+    """The strategies at work, for people: `zero2`, `pipeline + ddp`, or `unsharded`."""
+    return " + ".join(p.strategy.__name__.rpartition(".")[2] for p in plan(config)) or "unsharded"
 
 
 def fold(config: Config, mesh: Mesh, device: torch.device) -> Program:

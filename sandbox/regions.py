@@ -30,7 +30,7 @@ from sandbox.batch import IGNORED
 from sandbox.comm import Axis, all_gather, all_reduce, reduce_scatter
 from sandbox.partition import even
 
-__all__ = ["Border", "Weights", "share", "share_weights", "vocabulary_loss"]
+__all__ = ["Border", "Weights", "share", "share_weights", "start_gather", "start_scatter", "vocabulary_loss"]
 
 Weights = list[tuple[nn.Module, str]]
 """Parameters, as layer and name."""

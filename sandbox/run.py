@@ -16,7 +16,7 @@ from sandbox.comm import Recorder
 from sandbox.config import Config
 from sandbox.data import Corpus, bits_per_byte
 from sandbox.mesh import Mesh
-from sandbox.plan import plan
+from sandbox.plan import name_of, plan
 from sandbox.runtime import Member, attach, attached, launch
 from sandbox.trainer import Trainer
 
@@ -136,7 +136,7 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
     return {
         "name": config.name,
         "engine": config.engine,
-        "strategy": config.mesh.dp.strategy if config.mesh.world > 1 else "unsharded",
+        "strategy": name_of(config),
         "mesh": str(config.mesh),
         "world": config.mesh.world,
         "device": str(trainer.device),

@@ -76,7 +76,7 @@ def test_rows_are_dealt_out_as_torch_chunks_them(rows: int, ranks: int) -> None:
 def test_fsdp_with_nothing_to_cut_is_refused_before_it_runs() -> None:
     setup = config("fsdp", 2, replicas=2)
     with pytest.raises(MeshError, match="Use strategy ddp"):
-        predict(setup, build(setup.model, setup.train.dtype))
+        predict(setup)
 
 
 def state_held(member: Member, setup: Config) -> tuple[int, float, set[float]]:

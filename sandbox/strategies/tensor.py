@@ -56,6 +56,8 @@ from sandbox.program import Program, replace_parameters
 from sandbox.regions import Border, Weights, share_weights, vocabulary_loss
 from sandbox.strategies import context
 
+__all__ = ["AXIS", "Options", "apply", "check", "own", "predict"]
+
 AXIS = "tp"
 
 

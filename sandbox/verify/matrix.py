@@ -15,7 +15,7 @@ from sandbox.errors import ConfigError
 from sandbox.plan import engines, find, plan, strategies
 from sandbox.verify.verifier import Case, fixture
 
-__all__ = ["DATA", "MODEL", "TRAIN", "alone", "case", "matrix"]
+__all__ = ["DATA", "MODEL", "TIED", "TRAIN", "alone", "case", "matrix"]
 
 WORLDS = (2, 3, 4, 8)
 MODEL = Model(

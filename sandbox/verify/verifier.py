@@ -24,7 +24,7 @@ from sandbox.config import Config
 from sandbox.errors import SandboxError, UnsupportedError
 from sandbox.measure import align
 from sandbox.model import loss_sum
-from sandbox.plan import plan, predict
+from sandbox.plan import name_of, predict
 from sandbox.runtime import Member, launch
 from sandbox.trainer import Trainer
 from sandbox.verdict import Amount, Difference, Verdict
@@ -92,14 +92,14 @@ class Verifier:
         verdict = Verdict(
             name=config.name,
             engine=config.engine,
-            strategy=config.mesh.dp.strategy if config.mesh.world > 1 else "unsharded",
+            strategy=config.mesh.dp.strategy,
             mesh=str(config.mesh),
             dtype=config.train.dtype,
             world=config.mesh.world,
             status="held",
         )
         try:
-            plan(config)
+            verdict.strategy = name_of(config)
             reference = self.reference(config)
             started = time.perf_counter()
             ranks = launch(config.mesh.world, capture, config, case.prepare, timeout=config.run.timeout)

@@ -1,7 +1,7 @@
 """Bugs that really happened, planted on purpose: each must be caught, with its kind of cause, and its twin must hold.
 
 A fault is a function that tampers with a rank's trainer before it starts; every case has fresh processes, so it may
-patch what it likes. `number` is its place in docs/faults.md, `source` the report of one who had it.
+patch what it likes. `number` is its place in the table of docs/faults.md, `source` the report of one who had it.
 """
 
 from collections.abc import Callable
