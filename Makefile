@@ -10,7 +10,7 @@ SHORT := --set train.steps=60
 RUNS := unsharded ddp zero2 fsdp
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint unit parity axes bench picture clean
+.PHONY: help demo test lint unit parity thorough bench picture clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,10 +35,10 @@ unit: .venv/.installed  ## Tests of one process
 	$(BIN)/pytest -m unit
 
 parity: .venv/.installed  ## Tests of several processes, for the data axis and the whole matrix
-	$(BIN)/pytest -m parity --ignore tests/axes
+	$(BIN)/pytest -m parity --ignore tests/thorough
 
-axes: .venv/.installed  ## Tests of several processes, for tensor, sequence, context and pipeline parallelism
-	$(BIN)/pytest -m parity tests/axes
+thorough: .venv/.installed  ## More tests of several processes: corners of each strategy, and compositions; half an hour
+	$(BIN)/pytest -m parity tests/thorough
 
 bench: .venv/.installed  ## Step time against torch's own implementations
 	$(BIN)/python benchmarks/step_time.py

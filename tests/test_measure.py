@@ -249,7 +249,7 @@ def amounts(member: Member, config: Config) -> tuple[dict[str, float], dict[str,
 def test_native_strategies_send_and_hold_what_they_predict(strategy: str) -> None:
     config = a_config(strategy, 3)
     ranks = launch(3, amounts, config, timeout=60)
-    predicted = predict(config, build(config.model, "float64"))
+    predicted = predict(config)
     assert [sent for sent, _, _ in ranks] == [p.traffic for p in predicted], "what comm.py records is counted once"
     assert [kept for _, kept, _ in ranks] == [p.memory for p in predicted]
 
@@ -426,7 +426,7 @@ def test_a_timeline_shows_collectives_and_no_computing_while_a_rank_waits(strate
         compute = sorted((span for span in spans if span.lane == "compute"), key=lambda span: span.start)
         assert all(one.end <= other.start for one, other in pairwise(compute)), "one at a time"
     sent = sum(span.bytes for span in first if span.lane == "collective" and span.name.split()[0] in wanted)
-    assert sent == sum(predict(config, build(config.model, "float64"))[0].traffic.values())
+    assert sent == sum(predict(config)[0].traffic.values())
 
 
 @unit
@@ -484,7 +484,7 @@ def wire_ratios(ranks: int) -> dict[str, float]:
         train = {"batch": ranks, "dtype": "float32"}
         mesh = {"dp": {"degree": ranks, "strategy": strategy}}
         config = a_config(mesh=mesh, model=model, data={"sequence": 8}, train=train)
-        predicted = predict(config, build(config.model, "float32"))
+        predicted = predict(config)
         least = 3 * sum(sum(p.traffic.values()) for p in predicted)
         ratios[strategy] = launch(ranks, on_the_wire, config, 3, timeout=60)[0] / least
     elements = MB // 4 * 8

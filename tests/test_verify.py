@@ -18,7 +18,7 @@ from sandbox.verify import Case, Verdict, Verdicts, fixture
 from sandbox.verify.capture import Piece, Pieces
 from sandbox.verify.compare import Whole, assemble, differences, spread
 from sandbox.verify.diagnose import Findings, diagnose
-from sandbox.verify.matrix import case
+from sandbox.verify.matrix import alone
 
 unit, parity = pytest.mark.unit, pytest.mark.parity
 
@@ -303,7 +303,7 @@ def test_verdicts_survive_being_written_and_read() -> None:
 
 @parity
 def test_a_case_that_is_tampered_with_but_not_changed_holds() -> None:
-    verdict = world.verifier().verify(replace(case("native", "ddp", 2, ""), prepare=world.nothing))
+    verdict = world.verifier().verify(replace(alone("native", "ddp", 2, ""), prepare=world.nothing))
     assert (verdict.status, verdict.cause) == ("held", "")
     assert verdict.losses == pytest.approx(verdict.reference_losses, rel=1e-12)
     assert verdict.seconds > 0
@@ -313,7 +313,7 @@ def test_a_case_that_is_tampered_with_but_not_changed_holds() -> None:
 @pytest.mark.parametrize("what", ["clip", "forward_backward"])
 def test_a_norm_or_loss_that_is_not_a_number_in_one_step_is_a_mismatch(what: str) -> None:
     sick = Case(
-        case("native", "ddp", 2, "", train={"clip": None}).config, prepare=partial(world.not_a_number, what=what)
+        alone("native", "ddp", 2, "", train={"clip": None}).config, prepare=partial(world.not_a_number, what=what)
     )
     verdict = world.verifier().verify(sick)
     assert verdict.status == "mismatch"
@@ -322,7 +322,7 @@ def test_a_norm_or_loss_that_is_not_a_number_in_one_step_is_a_mismatch(what: str
 
 @parity
 def test_a_rank_that_fails_is_a_failed_case_with_its_error() -> None:
-    verdict = world.verifier().verify(replace(case("native", "ddp", 2, ""), prepare=world.raise_on_one_rank))
+    verdict = world.verifier().verify(replace(alone("native", "ddp", 2, ""), prepare=world.raise_on_one_rank))
     assert verdict.status == "failed"
     assert not verdict.held
     assert verdict.cause.startswith("rank 1 failed: ValueError: planted")
@@ -330,7 +330,7 @@ def test_a_rank_that_fails_is_a_failed_case_with_its_error() -> None:
 
 @parity
 def test_a_case_that_cannot_be_planned_is_failed_or_unsupported_and_never_raises() -> None:
-    config = case("native", "ddp", 2, "").config
+    config = alone("native", "ddp", 2, "").config
     axis = {"degree": 2, "strategy": "zero2"}
     mesh = Mesh.model_validate({"dp": axis})
     verdict = world.verifier().verify(Case(config.model_copy(update={"engine": "torch", "mesh": mesh})))
@@ -348,7 +348,7 @@ def test_a_case_that_cannot_be_planned_is_failed_or_unsupported_and_never_raises
 @parity
 @pytest.mark.parametrize("strategy", world.NATIVE)
 def test_a_case_has_the_timeline_of_one_step(strategy: str) -> None:
-    verdict = world.verifier().verify(case("native", strategy, 2, ""))
+    verdict = world.verifier().verify(alone("native", strategy, 2, ""))
     assert verdict.status == "held", verdict.cause
     assert len(verdict.timeline) == 2
     for spans in verdict.timeline:
@@ -360,8 +360,8 @@ def test_a_case_has_the_timeline_of_one_step(strategy: str) -> None:
 @parity
 def test_one_reference_serves_all_layouts_of_a_training() -> None:
     verifier = world.verifier()
-    base = case("native", "ddp", 2, "").config
-    other = case("torch", "fsdp", 4, "another name").config
+    base = alone("native", "ddp", 2, "").config
+    other = alone("torch", "fsdp", 4, "another name").config
     assert verifier.reference(base) is verifier.reference(other)
     seed = base.model_copy(update={"train": base.train.model_copy(update={"seed": 7})})
     assert verifier.reference(seed) is not verifier.reference(base)
