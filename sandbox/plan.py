@@ -19,7 +19,7 @@ import importlib
 import pkgutil
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -110,16 +110,16 @@ def fold(config: Config, mesh: Mesh, device: torch.device) -> Program:
     for planned in plan(config):
         program = planned.strategy.apply(program, mesh, planned.options)
     if any(p.is_meta for p in program.parameters.values()):
-        program = _whole(program)
+        program = replace(program, parameters=materialise(program))
     return program
 
 
 def predict(config: Config) -> list[Prediction]:
     """What each rank will send in a step and hold after it: the plan folded on paper, over a model without values."""
-    ranks = []
+    ranks, planned = [], plan(config)
     for rank in range(config.mesh.world):
         mesh, model = Mesh(config.mesh.degrees, rank), build(config.model, config.train.dtype)
-        parts = [p.strategy.predict(model, mesh, p.options, config) for p in plan(config)]
+        parts = [p.strategy.predict(model, mesh, p.options, config) for p in planned]
         traffic: dict[str, float] = defaultdict(float)
         memory: dict[str, int] = {} if parts else _unsharded(config, model)
         for part in parts:
@@ -133,12 +133,6 @@ def predict(config: Config) -> list[Prediction]:
 def _unsharded(config: Config, model: nn.Module) -> dict[str, int]:
     whole = bytes_of(model.parameters())
     return {"parameters": whole, "gradients": whole, "optimizer": state_copies(config.train) * whole}
-
-
-def _whole(program: Program) -> Program:
-    from dataclasses import replace
-
-    return replace(program, parameters=materialise(program))
 
 
 def _resolve(config: Config) -> Iterator[tuple[Planned, bool]]:
