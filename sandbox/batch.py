@@ -1,13 +1,18 @@
 """The tokens of one step, and the three ways to cut them: rows, columns, microbatches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Self
+from functools import wraps
+from typing import Concatenate, ParamSpec, Self, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORED", "Batch"]
+__all__ = ["IGNORED", "Batch", "once_per_batch"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 IGNORED = -100
 """Target of a position that does not count in the loss, as in `torch.nn.functional.cross_entropy`."""
@@ -59,3 +64,18 @@ class Batch:
             positions=change(self.positions),
             documents=change(self.documents),
         )
+
+
+def once_per_batch(function: Callable[Concatenate[Batch, P], T]) -> Callable[Concatenate[Batch, P], T]:
+    """Remember the results for a batch while it lives: what all layers share is worked out by the first."""
+    memory: WeakKeyDictionary[Batch, dict[Hashable, T]] = WeakKeyDictionary()
+
+    @wraps(function)
+    def remembered(batch: Batch, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        results = memory.setdefault(batch, {})
+        key = (args, *kwargs.items())
+        if key not in results:
+            results[key] = function(batch, *args, **kwargs)
+        return results[key]
+
+    return remembered

@@ -34,40 +34,38 @@ VOCAB = 257
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of the text, N tokens, cut into W windows."""
+    """A stretch of the text, N tokens of C documents, cut into W windows."""
 
-    tokens: Tensor  # [N] int64
-    targets: Tensor  # [N] int64, the next token of the same document, or IGNORED
-    documents: Tensor  # [N] int64, ascending
+    tokens: Tensor  # [N] int16: all ranks load the text, and most never look at most of it
+    ends: Tensor  # [C] int64, each document's last token, ascending
     starts: Tensor  # [W] int64, a window's first token
     lengths: Tensor  # [W] int64, at most the sequence length
 
     @classmethod
-    def cut(cls, tokens: Tensor, documents: Tensor, data: Data) -> Self:
+    def cut(cls, tokens: Tensor, ends: Tensor, data: Data) -> Self:
         """The windows of a stretch, by `data.layout`. What is left over at the end of a packed stretch is dropped."""
         size = data.sequence
-        ends = (documents.diff(append=documents.new_tensor([-1])) != 0).nonzero()[:, 0]
-        targets = tokens.roll(-1)
-        targets[ends] = IGNORED
         if data.layout == "packed":
             starts = torch.arange(len(tokens) // size) * size
-            return cls(tokens, targets, documents, starts, torch.full_like(starts, size))
+            return cls(tokens, ends, starts, torch.full_like(starts, size))
         begins = torch.cat((ends.new_zeros(1), ends[:-1] + 1))
         # A document's last token has no target, so no window begins there.
         starts = torch.cat([torch.arange(a, b, size) for a, b in zip(begins.tolist(), ends.tolist(), strict=True)])
-        beyond = ends[documents[starts] - documents[0]] + 1
-        return cls(tokens, targets, documents, starts, (beyond - starts).clamp(max=size))
+        beyond = ends[torch.searchsorted(ends, starts)] + 1
+        return cls(tokens, ends, starts, (beyond - starts).clamp(max=size))
 
     def rows(self, windows: Tensor, size: int, key: int) -> Batch:
         """A batch of the given windows [B], each in a row of `size` columns."""
         column = torch.arange(size)
         inside = column < self.lengths[windows, None]
         index = torch.where(inside, self.starts[windows, None] + column, self.starts[windows, None])
-        documents = torch.where(inside, self.documents[index] - self.documents[index[:, :1]], -1)
+        document = torch.searchsorted(self.ends, index)  # the first that does not end before the token
+        has_next = inside & (index < self.ends[document])
+        documents = torch.where(inside, document - document[:, :1], -1)
         begins = documents.diff(dim=1, prepend=documents[:, :1]) != 0
         return Batch(
-            tokens=torch.where(inside, self.tokens[index], END),
-            targets=torch.where(inside, self.targets[index], IGNORED),
+            tokens=torch.where(inside, self.tokens[index].long(), END),
+            targets=torch.where(has_next, self.tokens[index + has_next].long(), IGNORED),
             positions=column - torch.where(begins, column, 0).cummax(dim=1).values,
             documents=documents,
             rows=torch.arange(len(windows)),
@@ -96,12 +94,11 @@ class Corpus:
                 f"model.vocab {vocab} cannot hold the 256 bytes and the end of a document. Set model.vocab: {VOCAB}."
             )
         texts = [_read(path) for path in data.files] or _topics()
-        stream = [np.append(np.frombuffer(text, np.uint8), np.uint16(END)) for text in texts]
-        tokens = torch.from_numpy(np.concatenate(stream).astype(np.int64))
-        documents = torch.arange(len(texts)).repeat_interleave(torch.tensor([len(tokens) for tokens in stream]))
+        tokens = torch.from_numpy(np.concatenate([np.append(np.frombuffer(t, np.uint8), np.int16(END)) for t in texts]))
+        ends = torch.tensor([len(text) + 1 for text in texts]).cumsum(0) - 1
         place = len(tokens) - max(1, round(data.held_out * len(tokens)))
-        train = _part(tokens[:place], documents[:place], data, "training", "lower data.held_out")
-        held_out = _part(tokens[place:], documents[place:], data, "validation", "raise data.held_out")
+        train = _part(tokens[:place], ends, data, "training", "lower data.held_out")
+        held_out = _part(tokens[place:], ends - place, data, "validation", "raise data.held_out")
         return cls(data, len(texts), train, held_out)
 
     def batch(self, step: int, *, seed: int, rows: int) -> Batch:
@@ -142,8 +139,10 @@ def bits_per_byte(loss: float) -> float:
     return loss / math.log(2)
 
 
-def _part(tokens: Tensor, documents: Tensor, data: Data, purpose: str, fix: str) -> Part:
-    part = Part.cut(tokens, documents, data) if len(tokens) else None
+def _part(tokens: Tensor, ends: Tensor, data: Data, purpose: str, fix: str) -> Part:
+    """A stretch of a text whose documents end at `ends`, counted from its first token. A cut ends a document too."""
+    inside = ends[(ends >= 0) & (ends < len(tokens) - 1)]
+    part = Part.cut(tokens, torch.cat((inside, inside.new_tensor([len(tokens) - 1]))), data) if len(tokens) else None
     if part is None or not len(part.starts):
         raise ConfigError(
             f"data.sequence {data.sequence} is longer than the {len(tokens)} tokens for {purpose}. "

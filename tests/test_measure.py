@@ -125,7 +125,7 @@ def test_an_optimizer_inside_an_optimizer_is_found() -> None:
 @unit
 def test_the_peak_is_what_a_hand_counts() -> None:
     model = nn.Linear(10, 10, bias=False)  # 400 bytes
-    with Peak(bare(model), no_state()) as peak:
+    with Peak(bare(model), no_state(), by_kind=True) as peak:
         one = torch.zeros(1000)  # 4,000
         two = one + 1  # 8,000
         del one
@@ -139,7 +139,7 @@ def test_the_peak_is_what_a_hand_counts() -> None:
 @unit
 def test_the_peak_counts_what_autograd_has_saved() -> None:
     x = torch.zeros(1000, requires_grad=True)
-    with Peak(bare(nn.Linear(1, 1, bias=False)), no_state()) as peak:
+    with Peak(bare(nn.Linear(1, 1, bias=False)), no_state(), by_kind=True) as peak:
         y = x.exp()  # 4,000, saved for backward
         z = y.sum()
         del y
@@ -155,7 +155,7 @@ def test_the_peak_follows_storages_that_grow_and_shrink() -> None:
     model.weight.data = whole
     whole.untyped_storage().resize_(0)
     resize_ = torch.UntypedStorage.resize_
-    with Peak(bare(model), no_state()) as peak:
+    with Peak(bare(model), no_state(), by_kind=True) as peak:
         torch.zeros(500)
         whole.untyped_storage().resize_(4000)
         whole.untyped_storage().resize_(0)
@@ -193,7 +193,7 @@ def test_the_peak_agrees_with_the_allocator() -> None:
         now += change
         most = max(most, now)
     trainer.optimizer.zero_grad()
-    with Peak(trainer.program, trainer.optimizer) as peak:
+    with Peak(trainer.program, trainer.optimizer, by_kind=True) as peak:
         trainer.compute_gradients(batch)
     assert peak.bytes == pytest.approx(most, rel=1e-3)  # kernels have scratch memory of their own
     assert sum(peak.kinds.values()) == peak.bytes
@@ -207,7 +207,7 @@ def test_a_leak_shows_in_the_peak() -> None:
         step(trainer)
         if leaks:
             trainer.program.model.register_forward_hook(lambda *args: kept.append(args[-1].detach().clone()))
-        with Peak(trainer.program, trainer.optimizer) as peak:
+        with Peak(trainer.program, trainer.optimizer, by_kind=True) as peak:
             step(trainer)
         peaks.append(peak.bytes)
     assert peaks[1] - peaks[0] == 9 * 24 * 257 * 8
@@ -237,7 +237,7 @@ def amounts(member: Member, config: Config) -> tuple[dict[str, float], dict[str,
         step(trainer)
     trainer.mesh.recorder.sent.clear()
     with Traffic(trainer.mesh):
-        with Peak(trainer.program, trainer.optimizer) as peak:
+        with Peak(trainer.program, trainer.optimizer, by_kind=True) as peak:
             trainer.compute_gradients(trainer.batch())
         trainer.update()
     sent = {k: v for k, v in trainer.mesh.recorder.sent.items() if v and k.split()[0] not in ("loss", "norm")}

@@ -28,11 +28,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.nn.utils import clip_grad
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sandbox import comm
 from sandbox.comm import Event, ring_bytes
 from sandbox.errors import MeshError
+from sandbox.measure.operations import Operations
 from sandbox.mesh import Mesh
 
 __all__ = ["Traffic", "interface_bytes"]
@@ -54,7 +54,7 @@ COLLECTIVES = {
 """Beginning of an operator's name, without a leading `_` -> the collective. Other operators send no tensor."""
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(Operations):
     """While entered, records what libraries send, in the recorder of `mesh`, as comm.py does: "all_gather dp_shard".
 
     The axis is the one whose ranks form the process group, or "other". Bytes that report or steer rather than train are
@@ -63,21 +63,16 @@ class Traffic(TorchDispatchMode):
     """
 
     def __init__(self, mesh: Mesh) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._recorder = mesh.recorder
         self._axes = dict(_axes(mesh.degrees, mesh.rank))
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # or torch would import torch._dynamo, which takes a second, to keep it away from here
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
-            return NotImplemented  # a wrapper, such as DTensor: its own dispatch comes back with the tensors inside
+    def operate(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Record an operation that is a collective."""
         event = None
         if func.namespace in ("c10d", "_c10d_functional") and not _called_from(comm.__file__):
             event = self._record(func, args)
-        out = func(*args, **(kwargs or {}))
+        out = func(*args, **kwargs)
         if event and self._recorder.detailed:
             _note_end(event, out)
         return out

@@ -7,16 +7,13 @@ Normalization", 2020.
 Shapes: B rows, S columns, D width, H query heads, G key/value heads, E = D / H width of a head.
 """
 
-from collections.abc import Callable, Hashable
-from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
-from weakref import WeakKeyDictionary
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sandbox.batch import Batch
+from sandbox.batch import Batch, once_per_batch
 from sandbox.config import Model
 from sandbox.model.layers import Linear, Linears, each, norm, wide
 
@@ -24,9 +21,6 @@ __all__ = ["Attention", "Core", "attend", "visible"]
 
 Core = Callable[[Tensor, Tensor, Tensor, Batch], Tensor]
 """`core(q, k, v, batch)`: q [B, H, S, E], k and v [B, G, S, E] -> [B, H, S, E]."""
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class Attention(nn.Module):
@@ -78,21 +72,6 @@ def visible(queries: Batch, keys: Batch) -> Tensor:
     same = queries.documents[:, :, None] == keys.documents[:, None, :]
     earlier = keys.positions[:, None, :] <= queries.positions[:, :, None]
     return (same & earlier)[:, None]
-
-
-def once_per_batch(function: Callable[Concatenate[Batch, P], T]) -> Callable[Concatenate[Batch, P], T]:
-    """Remember the results for a batch while it lives: what all layers share is worked out by the first."""
-    memory: WeakKeyDictionary[Batch, dict[Hashable, T]] = WeakKeyDictionary()
-
-    @wraps(function)
-    def remembered(batch: Batch, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        results = memory.setdefault(batch, {})
-        key = (args, *kwargs.items())
-        if key not in results:
-            results[key] = function(batch, *args, **kwargs)
-        return results[key]
-
-    return remembered
 
 
 @once_per_batch

@@ -1,6 +1,6 @@
 """Dropout whose mask depends on a token's place in the global batch, and on nothing else.
 
-Each decision is a hash of (step's key, site, row, column, feature): whoever holds a token finds the same mask for it,
+Each decision is a hash of (step's key, row, column, site, feature): whoever holds a token finds the same mask for it,
 under any sharding, and again when a checkpointed activation is recomputed. There is no generator to keep in step.
 
 Source of the idea: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. The hash is the finaliser
@@ -10,7 +10,7 @@ of SplitMix64: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Gener
 import torch
 from torch import Tensor, nn
 
-from sandbox.batch import Batch
+from sandbox.batch import Batch, once_per_batch
 
 __all__ = ["Dropout", "kept"]
 
@@ -36,17 +36,21 @@ class Dropout(nn.Module):
 
 def kept(batch: Batch, site: int, width: int, rate: float) -> Tensor:
     """Which features live on: [B, S, width] bool, each true with probability 1 - `rate`."""
-    here = _mix(torch.tensor(batch.key) + _mix(torch.tensor(site)))
-    token = _mix(_mix(here + batch.rows)[:, None] + batch.columns)
-    pairs = torch.arange((width + 1) // 2, device=token.device)
-    bits = _mix(token[..., None] + GOLDEN * pairs).view(torch.int32)  # a hash of 64 bits decides two features
+    token = _tokens(batch)
+    pairs = torch.arange((width + 1) // 2, device=token.device) + (site << 32)
+    bits = _mix(token + pairs.mul_(GOLDEN)).view(torch.int32)  # a hash of 64 bits decides two features
     return bits[..., :width] >= round(rate * 2**32) - 2**31
+
+
+@once_per_batch
+def _tokens(batch: Batch) -> Tensor:
+    """A hash of each token's place, [B, S, 1]."""
+    return _mix(_mix(batch.key + GOLDEN * ((batch.rows << 32)[:, None] + batch.columns)))[..., None]
 
 
 def _mix(x: Tensor) -> Tensor:
     """Scramble int64: one to one, and every bit of the input moves every bit of the result."""
-    x = x ^ _shift(x, 30)
-    x = x.mul_(FIRST)
+    x = (x ^ _shift(x, 30)).mul_(FIRST)
     x = x.bitwise_xor_(_shift(x, 27)).mul_(SECOND)
     return x.bitwise_xor_(_shift(x, 31))
 

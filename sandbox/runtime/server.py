@@ -47,6 +47,7 @@ MOST_RANKS = 240
 
 # What DDP, FSDP, DTensor, pipelines and checkpoints import when they are first used: 2 s after torch's own 2.5 s.
 _PRELOAD = (
+    "pydoc_data.topics",
     "torch",
     "torch._dynamo",
     "torch.distributed.algorithms.ddp_comm_hooks",

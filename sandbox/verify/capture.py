@@ -74,7 +74,8 @@ def capture(member: Member, config: Config, prepare: Callable[[Trainer], Any] | 
         taken.tokens.append(_digest(trainer.program.shard_batch(batch)))
         with ExitStack() as watch:
             if last:
-                watch.enter_context(Traffic(mesh))
+                if config.engine != "native":  # which sends through comm alone, and that counts by itself
+                    watch.enter_context(Traffic(mesh))
                 taken.spans = watch.enter_context(Timeline(trainer))
             with weigh:
                 taken.losses.append(trainer.compute_gradients(batch).item())
