@@ -39,6 +39,7 @@ import sandbox
 from sandbox.runtime.board import Board
 from sandbox.runtime.failure import Failure
 from sandbox.runtime.member import Member, join, leave
+from sandbox.runtime.parcel import pack
 
 __all__ = ["MOST_RANKS", "Request", "Started", "serve", "stack_file"]
 
@@ -218,4 +219,4 @@ def _run(request: Request, rank: int, launcher: "Connection[Any, Any]", board: B
 
 def _post(launcher: "Connection[Any, Any]", kind: str, value: object) -> None:
     # not Connection.send: its pickler passes tensors by shared memory, which would have to outlive this process
-    launcher.send_bytes(pickle.dumps((kind, value)))
+    launcher.send_bytes(pack((kind, value)))
