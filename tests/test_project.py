@@ -182,3 +182,9 @@ def table_of_faults() -> str:
         for fault in FAULTS.values()
     ]
     return "\n".join(["| fault | what is wrong | kind of cause | reported in |", "| --- | --- | --- | --- |", *rows])
+
+
+def test_ci_runs_the_tests() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    assert {"make test", "make thorough"} <= set(script.read_text(encoding="utf-8").splitlines())
