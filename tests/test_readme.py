@@ -70,6 +70,7 @@ def test_commands_do_what_is_shown(block: Block, place: Path) -> None:
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(place),  # the copy, before the installed one
+        "TMPDIR": str(place),  # torchrun leaves a folder behind
     }
     commands = runs(block)
     code = 0
