@@ -121,6 +121,9 @@ class Train(Section):
     dtype: Literal["float64", "float32", "bfloat16"] = Field(
         "float32", description="bfloat16: float32 parameters and reductions, bfloat16 compute"
     )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="compute again in backward, instead of keeping: attention's core (selective), blocks (full)"
+    )
     eval_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations; 0: only at the end")
     eval_batches: Count = 4
 
@@ -208,8 +211,9 @@ class Config(Section):
     run: Run = Run()
 
     def reference(self) -> "Config":
-        """The same training on one rank, with an empty plan: what sharded runs are held against."""
-        return self.model_copy(update={"engine": "native", "mesh": Mesh()})
+        """The same training on one rank, with an empty plan, all kept: what sharded runs are held against."""
+        train = self.train.model_copy(update={"recompute": "none"})
+        return self.model_copy(update={"engine": "native", "mesh": Mesh(), "train": train})
 
     @property
     def passes(self) -> int:

@@ -1,6 +1,7 @@
 """What stages of a pipeline tell each other: hidden states on the way forward, their gradients on the way back.
 
-A message is known by the action that it is for, so ranks may send and ask in any order. Sends never wait.
+A message is known by the action that it is for, so ranks may send and ask in any order. Sends never wait. What was sent
+is kept until a message from the same rank shows that it must have arrived, for it was needed before.
 """
 
 from collections.abc import Iterable, Sequence
@@ -53,29 +54,34 @@ class Mail:
 
     def take(self, action: Action) -> Tensor | None:
         """What `action` is for, when it is there; None where a stage begins or ends the model."""
-        if action in self._asked:
-            return self._asked.pop(action).wait()
-        return self._here.pop(action, None)
-
-    def arrived(self, action: Action) -> None:
-        """What was sent for `action` has arrived, as an answer shows: let it go."""
-        if sending := self._sent.pop(action, None):
-            sending.wait()
+        if action not in self._asked:
+            return self._here.pop(action, None)
+        tensor = self._asked.pop(action).wait()
+        cause = next(need for need in self._schedule.needs(action) if need.stage != action.stage)
+        for done in self._needed_until(cause):
+            self._sent.pop(done).wait()
+        return tensor
 
     def close(self) -> None:
         """The step is over: wait until all has arrived."""
         for action in list(self._sent):
-            self.arrived(action)
+            self._sent.pop(action).wait()
 
     def add_gradients(self, param: Tensor, holders: tuple[int, int]) -> None:
         """Sum the gradient of `param` over the two ranks that hold it; in float32 at least."""
         other = sum(holders) - self._axis.rank
-        grad = torch.zeros_like(param) if param.grad is None else param.grad
+        grad = torch.zeros_like(param, dtype=param.grad_dtype) if param.grad is None else param.grad
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32)).contiguous()
         sending = send(wide, self._axis, other, 0)
         theirs = receive(torch.empty_like(wide), self._axis, other, 0).wait()
         sending.wait()
         param.grad = (wide + theirs).to(grad.dtype)
+
+    def _needed_until(self, done: Action) -> list[Action]:
+        """What was sent to the rank that has done `done`, for that or for what it does before."""
+        homes, place = self._schedule.homes, self._schedule.places
+        there = (action for action in self._sent if homes[action.stage] == homes[done.stage])
+        return [action for action in there if place[action] <= place[done]]
 
     def _source(self, action: Action) -> int | None:
         """The rank that sends what `action` is for, if it is another one."""

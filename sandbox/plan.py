@@ -34,11 +34,15 @@ from sandbox.mesh import Mesh
 from sandbox.model import build
 from sandbox.predict import Prediction, bytes_of, state_copies
 from sandbox.program import Program, materialise, unsharded
+from sandbox.recompute import recompute
 
 __all__ = ["Planned", "Strategy", "engines", "find", "fold", "name_of", "plan", "predict", "strategies", "unsupported"]
 
 FOLD = ("pp", "tp", "cp", "dp")
-"""The order in which strategies are folded over the model: each meets what the ones before it have left."""
+"""The order in which strategies are folded over the model: each meets what the ones before it have left.
+
+What backward computes again is decided before dp: it includes collectives of the inner axes, but no gathers of weights.
+"""
 
 USUAL = {"pp": "pipeline", "tp": "tensor", "cp": "context", "dp": "ddp"}
 """The strategy of an axis whose section names none."""
@@ -106,9 +110,12 @@ def name_of(config: Config) -> str:
 
 def fold(config: Config, mesh: Mesh, device: torch.device) -> Program:
     """The finished program of this rank."""
-    program = unsharded(config, mesh, device)
-    for planned in plan(config):
-        program = planned.strategy.apply(program, mesh, planned.options)
+    program, planned = unsharded(config, mesh, device), plan(config)
+    for inner in (p for p in planned if p.strategy.AXIS != "dp"):
+        program = inner.strategy.apply(program, mesh, inner.options)
+    recompute(program.model, config.train.recompute)
+    for outer in (p for p in planned if p.strategy.AXIS == "dp"):
+        program = outer.strategy.apply(program, mesh, outer.options)
     if any(p.is_meta for p in program.parameters.values()):
         program = replace(program, parameters=materialise(program))
     return program

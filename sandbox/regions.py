@@ -86,19 +86,20 @@ def share_weights(within: nn.Module, weights: Weights, axis: Axis) -> None:
     While it runs, the shared tensor lies in the module's own dictionary, where it is found before the parameter, which
     keeps its name and may be swapped or freed between runs.
     """
+    inner = within.forward
 
-    def before(*_: object) -> None:
+    def forward(*args: Any) -> Any:  # no hooks: whoever computes `within` again does this again
         params = [module.get_parameter(name) for module, name in weights]
         for (module, name), shared in zip(weights, share(axis, *params), strict=True):
             module.__dict__[name] = shared
-
-    def after(*_: object) -> None:
-        for module, name in weights:
-            module.__dict__.pop(name, None)
+        try:
+            return inner(*args)
+        finally:
+            for module, name in weights:
+                module.__dict__.pop(name)
 
     if weights and axis.size > 1:
-        within.register_forward_pre_hook(before)
-        within.register_forward_hook(after, always_call=True)
+        within.forward = forward
 
 
 def vocabulary_loss(logits: Tensor, targets: Tensor, words: range, axis: Axis) -> Tensor:

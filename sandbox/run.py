@@ -1,7 +1,6 @@
 """A training from a config: the work of each rank, and what its launcher shows and writes down."""
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from sandbox.comm import Recorder
 from sandbox.config import Config
 from sandbox.data import Corpus, bits_per_byte
 from sandbox.mesh import Mesh
+from sandbox.model import build
 from sandbox.plan import name_of, plan
 from sandbox.runtime import Member, attach, attached, launch
 from sandbox.trainer import Trainer
@@ -140,7 +140,7 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
         "mesh": str(config.mesh),
         "world": config.mesh.world,
         "device": str(trainer.device),
-        "parameters": sum(math.prod(layout.shape) for layout in trainer.program.layout.values()),
+        "parameters": sum(p.numel() for p in build(config.model, config.train.dtype).parameters()),
         "unigram_entropy": trainer.corpus.unigram_entropy,
         "corpus": str(trainer.corpus),
         "from_step": trainer.step,

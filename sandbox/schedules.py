@@ -90,6 +90,11 @@ class Schedule:
         """(stage, microbatch) whose weights' gradients are an action of their own."""
         return frozenset((a.stage, a.microbatch) for a in chain(*self.orders) if a.kind == "W")
 
+    @cached_property
+    def places(self) -> dict[Action, int]:
+        """When its rank does an action: first, second, ..."""
+        return {action: place for order in self.orders for place, action in enumerate(order)}
+
     def needs(self, action: Action) -> Iterator[Action]:
         """What must have happened before, here or on another rank."""
         kind, stage, microbatch = action

@@ -89,7 +89,7 @@ class WeightsLater(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._late: deque[tuple[Tensor, Tensor, Tensor]] = deque()
+        self._late: deque[tuple[Tensor, Tensor, Tensor]] = deque()  # parameter, input, gradient of the output
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -101,25 +101,26 @@ class WeightsLater(TorchFunctionMode):
     def run(self) -> None:
         """Add the gradients that were put off, those of the last linear first."""
         while self._late:
-            weight, x, grad = self._late.popleft()
-            weight.backward(grad.flatten(0, -2).T @ x.flatten(0, -2))
+            parameter, x, grad = self._late.popleft()
+            parameter.backward((grad.flatten(0, -2).T @ x.flatten(0, -2)).to(parameter.dtype))
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not x.requires_grad or not _alone(weight):
+        parameter = _parameter(weight)
+        if not x.requires_grad or parameter is None:
             return F.linear(x, weight, bias)
 
         def put_off(x: Tensor, grad: Tensor) -> None:
-            self._late.append((weight, x, grad))
+            self._late.append((parameter, x, grad))
 
         return cast(Tensor, _Linear.apply(x, weight.detach(), bias, put_off))  # type: ignore[no-untyped-call]
 
 
-def _alone(weight: Tensor) -> bool:
-    """Whether backward from `weight` reaches a parameter, perhaps by a cast, and nothing else."""
+def _parameter(weight: Tensor) -> Tensor | None:
+    """The parameter that backward from `weight` reaches, perhaps by a cast; None if it reaches others too, or none."""
     if weight.grad_fn is None:
-        return weight.requires_grad
+        return weight if weight.requires_grad else None
     following = [function for function, _ in weight.grad_fn.next_functions if function is not None]
-    return len(following) == 1 and hasattr(following[0], "variable")
+    return getattr(following[0], "variable", None) if len(following) == 1 else None
 
 
 class _Linear(torch.autograd.Function):

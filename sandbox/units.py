@@ -69,7 +69,7 @@ class Shard:
     """A unit's parameters: this rank's part for good, all of them while they are in use."""
 
     def __init__(
-        self, unit: Unit, cut: Cut, axis: Axis, program: Program, compute: torch.dtype, dtype: torch.dtype | None
+        self, unit: Unit, cut: Cut, axis: Axis, program: Program, compute: torch.dtype, dtype: torch.dtype
     ) -> None:
         self.partition = cut(unit.params, axis.size)
         self.sizes, self.axis = self.partition.sizes, axis
@@ -84,7 +84,9 @@ class Shard:
         self.whole = torch.empty(sum(self.sizes), dtype=compute, device=some.device)
         self.views = Bucket(unit.params).views(self.whole)
         params = {name: nn.Parameter(view) for name, view in self.views.items()}
-        self.bucket = Bucket(params, self.partition, dtype or self.part.dtype)
+        self.bucket = Bucket(params, self.partition, dtype)
+        for param in params.values():
+            param.grad_dtype = dtype
         self._bytes = self.whole.untyped_storage().nbytes()
         self._pending: Pending | None = None
         self.is_whole = True
@@ -132,8 +134,8 @@ def gather_on_use(
     compute = cast(torch.dtype, program.model.dtype)
     units = cut_units(program.model)
     reshard_after_forward &= program.config.mesh.pp.degree == 1  # a pipeline would gather anew for each microbatch
-    narrow = each or program.config.passes == 1  # what adds up locally needs the full precision
-    shards = [Shard(unit, cut, axis, program, compute, compute if narrow else None) for unit in units]
+    dtype = torch.promote_types(compute, torch.float32) if adds_up(program.config, each=each) else compute
+    shards = [Shard(unit, cut, axis, program, compute, dtype) for unit in units]
     replace_parameters(program.model, {name: p for shard in shards for name, p in shard.bucket.params.items()})
     sums = ScatterSum(axis, mesh.axis("dp_replicate"), shards[0].part.dtype)
 
@@ -207,6 +209,11 @@ def gather_on_use(
     return reduce_in_backward(sharded, [shard.bucket for shard in reversed(shards)], launch, finish, each=True)
 
 
+def adds_up(config: Config, *, each: bool) -> bool:
+    """Whether gradients of several microbatches add up before they are reduced, which wants the full precision."""
+    return config.train.microbatches > 1 and (config.mesh.pp.degree > 1 or not each)
+
+
 def predict_units(
     model: nn.Module, mesh: Mesh, cut: Cut, config: Config, *, reshard_after_forward: bool, each: bool
 ) -> Prediction:
@@ -224,8 +231,7 @@ def predict_units(
         twice = reshard_after_forward and not unit.kept and unit.name != "embed"
         uses = passes * (1 + twice) if reshard_after_forward else 1
         gathered += uses * (axis.size - 1) * part * short
-        accumulated = not each and passes > 1
-        reduced += (passes if each else 1) * (whole - part) * (item if accumulated else short)
+        reduced += (passes if each else 1) * (whole - part) * (item if adds_up(config, each=each) else short)
         replicas += ring_bytes(part * item, replicate.size)
         held += part * item
     traffic: dict[str, float] = {f"all_gather {axis.name}": gathered, f"reduce_scatter {axis.name}": reduced}

@@ -17,8 +17,9 @@ Bytes sent by a rank of n in one layer and one step (Q: its queries, K: its keys
     gather     all_gather     (n-1) K forward; backward reduce_scatter (n-1) K
     ulysses    all_to_all     (n-1)/n (Q + K) and (n-1)/n Q forward, and the same backward
 
-A ring holds one block of others at a time and gathers nothing, whatever the length of the sequence. In bfloat16 its
-gradients of keys travel as float32. Ulysses needs a number of heads that the ranks divide; if there are fewer key/value
+With `train.recompute` forward is sent once more; with `selective`, but for the results that ulysses brings back. A ring
+holds one block of others at a time and gathers nothing, whatever the length of the sequence. In bfloat16 its gradients
+of keys travel as float32. Ulysses needs a number of heads that the ranks divide; if there are fewer key/value
 heads, each goes to every rank whose queries need it, and counts each time. Memory: nothing between steps.
 
 `order: zigzag` cuts the sequence into 2n chunks, and rank r holds chunks r and 2n-1-r: one early, with few keys to look
@@ -73,12 +74,11 @@ def check(config: Config, options: Options) -> None:
             f"data.sequence {sequence} leaves a rank without a column: mesh.cp.degree is {degree}. "
             f"Set data.sequence: {degree}, or mesh.cp.degree: {sequence}."
         )
-    heads = config.model.heads // config.mesh.tp.degree
-    if options.kind == "ulysses" and heads % degree:
+    heads = config.model.heads  # of a rank of tp: tensor.py, which deals them out, looks whether they are shared evenly
+    if options.kind == "ulysses" and config.mesh.tp.degree == 1 and heads % degree:
         fit = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        each = " on each rank of tp" if config.mesh.tp.degree > 1 else ""
         raise ConfigError(
-            f"mesh.cp.degree {degree} does not divide the {heads} heads (model.heads){each}, as kind ulysses needs. "
+            f"mesh.cp.degree {degree} does not divide the {heads} heads (model.heads), as kind ulysses needs. "
             f"Degrees that do: {fit}. With kind ring or gather any degree will do."
         )
 
@@ -107,6 +107,12 @@ def columns(sequence: int, ranks: int, order: str) -> list[Tensor]:
         return list(torch.arange(sequence).tensor_split(ranks))
     chunks = torch.arange(sequence).tensor_split(2 * ranks)
     return [torch.cat((chunks[rank], chunks[-1 - rank])) for rank in range(ranks)]
+
+
+def held(mesh: Mesh, config: Config) -> int:
+    """How many columns this rank holds."""
+    axis, options = mesh.axis(AXIS), Options.model_validate(config.mesh.cp.options)
+    return len(columns(config.data.sequence, axis.size, options.order)[axis.rank])
 
 
 def blockwise(how: type[Ring | Gather], axis: Axis, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
@@ -173,8 +179,9 @@ def _swap(parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], axis: Axis
 def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
     """Bytes that this rank sends in one step. It holds nothing of its own between steps."""
     axis, train = mesh.axis("cp"), config.train
-    held = [len(part) for part in columns(config.data.sequence, axis.size, options.order)]
-    own, others = held[axis.rank], config.data.sequence - held[axis.rank]
+    again, whole = train.recompute != "none", train.recompute == "full"  # core alone: what it returns is there
+    width = [len(part) for part in columns(config.data.sequence, axis.size, options.order)]
+    own, others = width[axis.rank], config.data.sequence - width[axis.rank]
     rows = train.batch // mesh.data.size + (mesh.data.rank < train.batch % mesh.data.size)
     item, sums = {"float64": (8, 8), "float32": (4, 4), "bfloat16": (2, 4)}[train.dtype]
     traffic: dict[str, float] = defaultdict(float)
@@ -184,15 +191,16 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
         column = rows * module.head_width  # elements of one head in a column, in all rows
         heads, groups = (part.weight.shape[0] // module.head_width for part in (module.q, module.k))
         if options.kind == "ring":  # the last block to come is not passed on; of gradients, one's own are not
-            passed = 2 * (config.data.sequence - held[(axis.rank + 1) % axis.size])
+            passed = (2 + again) * (config.data.sequence - width[(axis.rank + 1) % axis.size])
             traffic[f"send {axis.name}"] += 2 * groups * column * (passed * item + others * sums)
         elif options.kind == "gather":
-            traffic[f"all_gather {axis.name}"] += 2 * groups * column * (axis.size - 1) * own * item
+            traffic[f"all_gather {axis.name}"] += (1 + again) * 2 * groups * column * (axis.size - 1) * own * item
             traffic[f"reduce_scatter {axis.name}"] += 2 * groups * column * others * item
         else:
             each = heads // axis.size
             came = [each + 2 * (span.stop - span.start) for span in head_spans(heads, groups, axis.size)]
-            away = own * (sum(came) - came[axis.rank] + each * (axis.size - 1))  # forward: its columns; dout
-            back = others * (each + came[axis.rank])
+            to_heads, to_columns = own * (sum(came) - came[axis.rank]), others * each
+            away = (1 + again) * to_heads + own * each * (axis.size - 1)  # forward: its columns; backward: dout
+            back = (1 + whole) * to_columns + others * came[axis.rank]
             traffic[f"all_to_all {axis.name}"] += column * (away + back) * item
     return Prediction(traffic)

@@ -11,7 +11,8 @@
 Bytes sent by a rank for each microbatch: 3 (n-1)/n P as for ZeRO-3 (units.py tells what is gathered once only). With
 `reshard_after_forward: false` parameters stay whole from their first use in a step to the last backward: one gather a
 step instead of two a microbatch, for the memory of all parameters. In bfloat16 parameters and gradients travel as
-bfloat16 and gradients are summed in float32. With replicas (HSDP) parts are summed over dp_replicate once a step:
+bfloat16 and gradients are summed in float32; those that add up before they travel, over microbatches with `sync: last`
+or in a pipeline, do both in float32. With replicas (HSDP) parts are summed over dp_replicate once a step:
 2 (r-1)/r P/n bytes more. Memory: (2 + K)/n P, two whole blocks in use, and what backward has under way.
 
 The difference to ZeRO-3 is the cut: a piece is rows of its parameter, a box, so checkpoints and optimizers see a

@@ -57,6 +57,7 @@ from sandbox.predict import Prediction, bytes_of, state_copies
 from sandbox.program import Program
 from sandbox.schedules import LOOPED, VS, Action, Schedule, make
 from sandbox.stages import Stage, WeightsLater, completed, cut, keep, shared_weight, view
+from sandbox.strategies import context
 
 AXIS = "pp"
 
@@ -215,7 +216,6 @@ class Pipeline:
         _, stage, number = action
         x, out = self._live.pop((stage, number))
         grad = self.mail.take(action)
-        self.mail.arrived(Action("F", stage + 1, number))  # or there would be no gradient of it
         torch.autograd.backward(out, grad)
         if x is not None:
             assert x.grad is not None
@@ -243,8 +243,5 @@ def _each(options: Options) -> int:
 
 def _columns(mesh: Mesh, config: Config) -> int:
     """Columns of what this rank hands on: cut by context parallelism, and by sequence parallelism within."""
-    cp, tp = mesh.axis("cp"), mesh.axis("tp")
-    zigzag = config.mesh.cp.options.get("order", "zigzag") == "zigzag"
-    chunks = even(config.data.sequence, (1 + zigzag) * cp.size)
-    count = chunks[cp.rank] + (chunks[-1 - cp.rank] if zigzag else 0)
+    tp, count = mesh.axis("tp"), context.held(mesh, config)
     return even(count, tp.size)[tp.rank] if config.mesh.tp.options.get("sequence") else count

@@ -24,6 +24,7 @@ With `sequence: true` (Megatron's sequence parallelism) what lies between attent
 Each all_reduce of X becomes a reduce_scatter and an all_gather, (n-1)/n X each; and the input of q, k, v, of gate, up
 and of the head is gathered again in backward instead of kept, (n-1)/n X (2 L + 1). Norms, dropout and what backward
 keeps of them shrink by n; gradients of norms and of the biases of o and down are sums over tp too.
+With `train.recompute: full` a block's forward collectives run once more, but for the last sum unless dropout follows.
 Memory: parameters, gradients and optimizer state are cut by n, but for norms, biases of o and down, and k and v held by
 several ranks. The sum of an input's gradient travels while the weights' gradients are computed.
 
@@ -109,12 +110,26 @@ def check(config: Config, options: Options) -> None:
     for name, size in least.items():
         if degree > size:
             raise ConfigError(f"mesh.tp.degree {degree} is more than {name} {size}. Degrees that do: 1 to {size}.")
+    cp = config.mesh.cp
+    if cp.degree > 1 and cp.options.get("kind") == "ulysses":
+        fit = [str(n) for n in range(1, model.heads + 1) if not any(count % cp.degree for count in heads(model, n))]
+        if str(degree) not in fit:
+            raise ConfigError(
+                f"mesh.cp.degree {cp.degree} does not divide the heads of each rank of tp, as mesh.cp.kind ulysses "
+                f"needs: of model.heads {model.heads} ranks have {', '.join(map(str, heads(model, degree)))}. "
+                f"Set mesh.cp.kind: ring{', or mesh.tp.degree: ' + ' or '.join(fit) if fit else ''}."
+            )
+
+
+def heads(model: Model, degree: int) -> list[int]:
+    """How many query heads each rank of tp has."""
+    return [len(Heads.of(model, Axis((AXIS,), degree, rank)).queries) for rank in range(degree)]
 
 
 def cut(model: nn.Module, config: Model, axis: Axis) -> dict[str, tuple[int, range]]:
     """Cut the parameters of a model on the meta device -> name: the dimension that is cut, and what is left of it."""
-    heads, width = Heads.of(config, axis), config.width // config.heads
-    queries, keys = times(heads.queries, width), times(heads.keys, width)
+    mine, width = Heads.of(config, axis), config.width // config.heads
+    queries, keys = times(mine.queries, width), times(mine.keys, width)
     hidden = own(config.mlp_hidden, axis.size, axis.rank)
     words = own(config.padded_vocab, axis.size, axis.rank)
     left = {"q": queries, "k": keys, "v": keys, "gate": hidden, "up": hidden, "embed": words, "head": words}
@@ -138,8 +153,8 @@ def cut(model: nn.Module, config: Model, axis: Axis) -> dict[str, tuple[int, ran
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` with its matrices cut over tp, and the loss of a cut vocabulary."""
     axis, config, model = mesh.axis(AXIS), program.config.model, cast(Transformer, program.model)
-    heads, words = Heads.of(config, axis), own(config.padded_vocab, axis.size, axis.rank)
-    holders = mesh.part(AXIS, heads.holders.start, heads.holders.stop)
+    holding, words = Heads.of(config, axis).holders, own(config.padded_vocab, axis.size, axis.rank)
+    holders = mesh.part(AXIS, holding.start, holding.stop)
     layout = dict(program.layout)
     for name, (dim, part) in cut(model, config, axis).items():
         copy = holders.rank if name.split(".")[-2] in ("k", "v") else 0
@@ -218,22 +233,22 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
     parts = list(shared(model, options, axis, mesh.part(AXIS, holders.start, holders.stop)))
     first = mesh.axis("pp").rank == 0  # a tied head keeps the embedding on a stage that does not run it
     last, blocks = model.head is not None, len(model.blocks)
-    order = context.Options.model_validate(config.mesh.cp.options).order
-    columns = len(context.columns(config.data.sequence, mesh.axis("cp").size, order)[mesh.axis("cp").rank])
+    columns = context.held(mesh, config)
     mine = len(own(columns, axis.size, axis.rank))
     batch = len(own(config.train.batch, mesh.data.size, mesh.data.rank))
     width = config.model.width * model.dtype.itemsize
     wide = torch.promote_types(model.dtype, torch.float32).itemsize
+    again = blocks if config.train.recompute == "full" else 0
+    gathers = 6 * blocks + first + 2 * last + 2 * again
+    sums = 4 * blocks + first + last + (2 if config.model.dropout else 1) * again
     traffic: dict[str, float] = defaultdict(float)
     for number in range(config.train.microbatches):
         rows = len(own(batch, config.train.microbatches, number))
         if options.sequence:
-            gathers = (6 * blocks + first + 2 * last) * (axis.size - 1)
-            traffic[f"all_gather {AXIS}"] += gathers * rows * mine * width
-            traffic[f"reduce_scatter {AXIS}"] += (4 * blocks + first + last) * rows * (columns - mine) * width
+            traffic[f"all_gather {AXIS}"] += gathers * (axis.size - 1) * rows * mine * width
+            traffic[f"reduce_scatter {AXIS}"] += sums * rows * (columns - mine) * width
         else:
-            whole = ring_bytes(rows * columns * width, axis.size)
-            traffic[f"all_reduce {AXIS}"] += (4 * blocks + first + last) * whole
+            traffic[f"all_reduce {AXIS}"] += sums * ring_bytes(rows * columns * width, axis.size)
         traffic[f"all_gather {AXIS}"] += last * (axis.size - 1) * 2 * rows * columns * wide
         for _, weights, over in parts:
             size = bytes_of(layer.get_parameter(name) for layer, name in weights)

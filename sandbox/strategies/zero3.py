@@ -11,8 +11,9 @@ N: elements of a unit (a block, the embedding, or the final norm with the head),
 
 Bytes sent by a rank for each microbatch: (n-1)/n P to all_gather parameters in forward, as much again for backward, and
 as much to reduce_scatter gradients: 3 (n-1)/n P, less what need not be gathered twice (units.py). In bfloat16
-parameters and gradients travel as bfloat16 and gradients are summed in float32. Memory: (2 + K)/n P, two whole units
-while they are in use, and what backward has under way. With replicas, 2 (r-1)/r P/n bytes more, once a step.
+parameters and gradients travel as bfloat16 and gradients are summed in float32; gradients that add up before they
+travel, over microbatches with `sync: last` or in a pipeline, are float32. Memory: (2 + K)/n P, two whole units while
+they are in use, and what backward has under way. With replicas, 2 (r-1)/r P/n bytes more, once a step.
 
 Ranges fill a unit's flat tensor in rank order, so what is gathered lies where it is used: no copies.
 

@@ -107,7 +107,7 @@ def _cut_short(wrong: Sequence[Difference], all_: Sequence[Difference]) -> str:
     split = names >= {n for n in every if _depth(n) < last} and names < every
     if not split or len(names) <= len(every) / 2:
         return ""
-    parts = next(name for name in names if _depth(name) == last).split(".")
+    parts = min(name for name in names if _depth(name) == last).split(".")
     return ".".join(parts[: 2 if parts[0] == "blocks" else 1])
 
 
