@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sandbox.layout import Layout
 
-__all__ = ["Partition", "Place", "by_ranges", "by_rows", "even"]
+__all__ = ["Partition", "Place", "by_ranges", "by_rows", "even", "own"]
 
 Span = tuple[int, int]
 Place = tuple[int, int, int]
@@ -105,3 +105,10 @@ def by_rows(params: Mapping[str, nn.Parameter], ranks: int) -> Partition:
 def even(total: int, parts: int) -> list[int]:
     """`total` in `parts` that differ by one at most, the larger ones first."""
     return [total // parts + (rank < total % parts) for rank in range(parts)]
+
+
+def own(total: int, parts: int, number: int) -> range:
+    """The part `number` of `total` in `parts` that differ by one at most, the larger ones first."""
+    least, extra = divmod(total, parts)
+    start = number * least + min(number, extra)
+    return range(start, start + least + (number < extra))

@@ -23,10 +23,10 @@ Bytes sent by a rank for each microbatch: n ranks, L blocks, X bytes of hidden s
 With `sequence: true` (Megatron's sequence parallelism) what lies between attention, MLP and head is cut by columns.
 Each all_reduce of X becomes a reduce_scatter and an all_gather, (n-1)/n X each; and the input of q, k, v, of gate, up
 and of the head is gathered again in backward instead of kept, (n-1)/n X (2 L + 1). Norms, dropout and what backward
-keeps of them shrink by n; gradients of norms and of the biases of o and down are sums over tp too.
-With `train.recompute: full` a block's forward collectives run once more, but for the last sum unless dropout follows.
-Memory: parameters, gradients and optimizer state are cut by n, but for norms, biases of o and down, and k and v held by
-several ranks. The sum of an input's gradient travels while the weights' gradients are computed.
+keeps of them shrink by n; gradients of norms and of the biases of o and down are sums over tp too. With
+`recompute: full` a block's forward collectives run once more, but for the last sum unless dropout follows.
+Memory: all is cut by n, but norms, biases of o and down, and k and v held by several ranks. The sum of an input's
+gradient travels while the weights' gradients are computed.
 
 The loss, from local l = log sum exp(y) and the target's logit t (0 where another rank has the word), is
 log sum_tp exp(l) - sum_tp t: one exchange of two numbers a token. Its backward, softmax - onehot, is local.
@@ -52,12 +52,13 @@ from sandbox.errors import ConfigError
 from sandbox.mesh import Mesh
 from sandbox.model import Block, Transformer
 from sandbox.model.dropout import Dropout
+from sandbox.partition import own
 from sandbox.predict import Prediction, bytes_of, state_copies
 from sandbox.program import Program, replace_parameters
 from sandbox.regions import Border, Weights, share_weights, vocabulary_loss
 from sandbox.strategies import context
 
-__all__ = ["AXIS", "Options", "apply", "check", "own", "predict"]
+__all__ = ["AXIS", "Options", "apply", "check", "predict"]
 
 AXIS = "tp"
 
@@ -89,13 +90,6 @@ class Heads:
         return cls(range(queries.start + head * ratio, queries.stop + head * ratio), range(head, head + 1), crowd)
 
 
-def own(total: int, ranks: int, rank: int) -> range:
-    """The heads, features, words or columns of `total` that are this rank's; larger parts first."""
-    least, extra = divmod(total, ranks)
-    start = rank * least + min(rank, extra)
-    return range(start, start + least + (rank < extra))
-
-
 def times(part: range, width: int) -> range:
     """From heads to their features."""
     return range(part.start * width, part.stop * width)
@@ -103,14 +97,13 @@ def times(part: range, width: int) -> range:
 
 def check(config: Config, options: Options) -> None:
     """Every rank needs something of everything that is cut."""
-    degree, model = config.mesh.tp.degree, config.model
+    degree, cp, model = config.mesh.tp.degree, config.mesh.cp, config.model
     least = {"model.heads": model.heads, "the MLP's width": model.mlp_hidden, "the vocabulary": model.padded_vocab}
     if options.sequence:
         least["data.sequence / mesh.cp.degree"] = config.data.sequence // config.mesh.cp.degree
     for name, size in least.items():
         if degree > size:
             raise ConfigError(f"mesh.tp.degree {degree} is more than {name} {size}. Degrees that do: 1 to {size}.")
-    cp = config.mesh.cp
     if cp.degree > 1 and cp.options.get("kind") == "ulysses":
         fit = [str(n) for n in range(1, model.heads + 1) if not any(count % cp.degree for count in heads(model, n))]
         if str(degree) not in fit:
@@ -233,8 +226,7 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
     parts = list(shared(model, options, axis, mesh.part(AXIS, holders.start, holders.stop)))
     first = mesh.axis("pp").rank == 0  # a tied head keeps the embedding on a stage that does not run it
     last, blocks = model.head is not None, len(model.blocks)
-    columns = context.held(mesh, config)
-    mine = len(own(columns, axis.size, axis.rank))
+    mine = len(own(columns := context.held(mesh, config), axis.size, axis.rank))
     batch = len(own(config.train.batch, mesh.data.size, mesh.data.rank))
     width = config.model.width * model.dtype.itemsize
     wide = torch.promote_types(model.dtype, torch.float32).itemsize

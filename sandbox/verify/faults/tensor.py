@@ -12,8 +12,8 @@ from sandbox import regions
 from sandbox.comm import Axis, Event, Pending, all_gather, all_reduce
 from sandbox.config import Model
 from sandbox.model import Block, Transformer
+from sandbox.partition import own
 from sandbox.regions import share_weights, start_gather, start_scatter
-from sandbox.strategies.tensor import own
 from sandbox.trainer import Trainer
 from sandbox.verify.faults.planting import change, fault, patch
 
