@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sandbox.comm import Axis, Pending, receive, send
-from sandbox.schedules import Action, Schedule
+from sandbox.orders import Action
+from sandbox.schedules import Schedule
 
 __all__ = ["Mail"]
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from html import escape
 
-from sandbox.schedules import Action, Schedule, bubble, finish_times, peaks
+from sandbox.orders import Action
+from sandbox.schedules import Schedule, bubble, finish_times, peaks
 
 __all__ = ["svg", "text"]
 

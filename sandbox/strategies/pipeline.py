@@ -52,10 +52,11 @@ from sandbox.errors import ConfigError
 from sandbox.mail import Mail
 from sandbox.mesh import Mesh
 from sandbox.model import Transformer
+from sandbox.orders import LOOPED, VS, Action
 from sandbox.partition import even
 from sandbox.predict import Prediction, bytes_of, state_copies
 from sandbox.program import Program
-from sandbox.schedules import LOOPED, VS, Action, Schedule, make
+from sandbox.schedules import Schedule, make
 from sandbox.stages import Stage, WeightsLater, completed, cut, keep, shared_weight, view
 from sandbox.strategies import context
 

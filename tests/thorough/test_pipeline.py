@@ -13,10 +13,11 @@ from sandbox.batch import Batch
 from sandbox.config import Config, Data, Mesh, Model, Train
 from sandbox.errors import ConfigError
 from sandbox.model import Transformer, build, initial, loss_sum
+from sandbox.orders import LOOPED, VS
 from sandbox.plan import plan, predict
 from sandbox.program import replace_parameters
 from sandbox.runtime import launch, warm
-from sandbox.schedules import LOOPED, SCHEDULES, VS, peaks
+from sandbox.schedules import SCHEDULES, peaks
 from sandbox.stages import WeightsLater, completed, cut, keep, view
 from sandbox.verify import Case, Verdict, Verifier
 from sandbox.verify.faults import FAULTS, Fault

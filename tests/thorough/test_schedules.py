@@ -6,8 +6,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from sandbox.orders import LOOPED, VS, Action
 from sandbox.report.schedule import svg, text
-from sandbox.schedules import LOOPED, SCHEDULES, VS, Action, Schedule, bubble, check, finish_times, make, peaks
+from sandbox.schedules import SCHEDULES, Schedule, bubble, check, finish_times, make, peaks
 
 pytestmark = pytest.mark.unit
 

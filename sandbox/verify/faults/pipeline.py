@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from sandbox.batch import Batch
 from sandbox.mail import Mail
+from sandbox.orders import Action
 from sandbox.program import Program
-from sandbox.schedules import Action
 from sandbox.stages import completed
 from sandbox.strategies import pipeline
 from sandbox.trainer import Trainer
