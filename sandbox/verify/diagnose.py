@@ -91,13 +91,20 @@ def _pattern(found: Findings, wrong: Sequence[Difference], all_: Sequence[Differ
         return (
             f"backward: the loss is right, and so are the gradients that backward meets before it leaves {layer}; all "
             "that come after are wrong. What is computed there has a wrong derivative, or some of it was not passed on."
+            f"{_again(found.config)}"
         )
     if len(wrong) < len(all_):
         return (
             f"reduction: only {_class(wrong, all_)} differ ({len(wrong)} of {len(all_)}); worst ratio {ratio:.4f}, "
             f"cos {wrong[0].cos:.4f}: they miss the share of some ranks or microbatches, or hold another's."
+            f"{_again(found.config)}"
         )
     return ""
+
+
+def _again(config: Config) -> str:
+    what = {"none": "", "selective": "attention's core", "full": "a block"}[config.train.recompute]
+    return f" Or {what} was not the same when it was computed again (train.recompute)." if what else ""
 
 
 def _cut_short(wrong: Sequence[Difference], all_: Sequence[Difference]) -> str:

@@ -6,6 +6,7 @@ switch each make a case.
 
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -23,12 +24,13 @@ MODEL = Model(
 )
 TIED = Model(layers=2, width=24, heads=4, kv_heads=1, tied=True, vocab_multiple=8)
 DATA = Data(sequence=24)
+FULL = {"recompute": "full"}
 TRAIN = Train(batch=26, microbatches=3, clip=0.5)  # 26 = 8 x 3 + 2: rows divide over no world
 
 
 def matrix() -> Iterator[Case]:
     """Every case that is possible: strategies alone, by world, option, model and dtype; then compositions."""
-    for case in _alone():
+    for case in chain(_alone(), _recomputed()):
         with suppress(ConfigError):  # a mesh that this model cannot be cut by
             plan(case.config)
             yield case
@@ -48,6 +50,28 @@ def _alone() -> Iterator[Case]:
             yield alone(engine, name, 2, "one microbatch, no clipping", train={"microbatches": 1, "clip": None})
             for dtype in ("float32", "bfloat16"):
                 yield alone(engine, name, 2, dtype, dtype=dtype)
+            for how in ("selective", "full"):
+                yield alone(engine, name, 2, f"recompute {how}", train={"recompute": how})
+
+
+def _recomputed() -> Iterator[Case]:
+    """Blocks that backward computes again, where axes meet: what is gathered, summed, passed on, or put off."""
+    shard, ring = {"degree": 2, "strategy": "zero3"}, {"degree": 2}
+    for sequence, dropout in ((True, 0.1), (True, 0.0), (False, 0.0)):
+        model = MODEL.model_copy(update={"dropout": dropout})
+        name = f"recompute-tp2 x dp2{', sequence' if sequence else ''}, dropout {dropout}"
+        mesh = {"tp": {"degree": 2, "sequence": sequence}, "dp": {"degree": 2, "strategy": "fsdp"}}
+        yield case("native", name, mesh, model=model, train=FULL)
+    for schedule in ("zb_h1", "zbv", "dualpipe_v"):
+        mesh = {"pp": {"degree": 2, "schedule": schedule}, "dp": shard}
+        yield case("native", f"recompute-pp2 x dp2, {schedule}", mesh, train=FULL)
+        yield case("native", f"recompute-pp2 x dp2, {schedule}, bfloat16", mesh, train=FULL, dtype="bfloat16")
+    for kind in ("ring", "gather", "ulysses"):
+        for how in ("selective", "full"):
+            mesh = {"cp": {"degree": 2, "kind": kind}, "tp": {"degree": 2, "sequence": True}}
+            yield case("native", f"recompute-cp2 x tp2, {kind}, {how}", mesh, train={"recompute": how})
+    everything = {"pp": {"degree": 2, "schedule": "zb_h1"}, "dp": shard, "cp": ring, "tp": {"degree": 2}}
+    yield case("native", "recompute-pp2 x dp2 x cp2 x tp2", everything, train=FULL)
 
 
 def alone(
