@@ -122,7 +122,7 @@ class Train(Section):
         "float32", description="bfloat16: float32 parameters and reductions, bfloat16 compute"
     )
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="compute again in backward, instead of keeping: attention's core (selective), blocks (full)"
+        "none", description="what backward computes again instead of keeping: attention (selective), or blocks (full)"
     )
     eval_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations; 0: only at the end")
     eval_batches: Count = 4

@@ -1,19 +1,22 @@
 """Activation checkpointing: what backward needs is computed again from a few tensors that are kept, instead of kept.
 
-    train.recompute    kept of a block                 computed again in backward
-    none               whatever its operations save    -
-    selective          as none, but nothing of core    attention's core: scores, softmax, and the product with values
-    full               its input, X[B, S, D]           the block
+    train.recompute    kept of a block                      computed again in backward
+    none               whatever its operations save         -
+    selective          as none; of attention X[B, S, D]     attention: projections, positions, scores
+    full               its input, X[B, S, D]                the block
 
-`core` is attention as context parallelism has left it; a block includes what tensor parallelism put into it. So their
+Attention is what context parallelism has left of it, and a block includes what tensor parallelism put into it. So their
 collectives run again, and their predictions count them. Data parallelism is folded over this: its gathers stay outside,
 and the one for a block's backward serves what is computed again too. Kept between forward and backward, with `full`:
 L B S D elements for L blocks, and one block's activations while it goes backward, L being the blocks of a stage times
-the microbatches that it has under way. `selective` saves as much as the kernel keeps: B H S S scores, or next to
-nothing if it is one that keeps none (FlashAttention).
+the microbatches that it has under way. In a zero-bubble pipeline, what is computed again for the gradients of inputs is
+kept for those of weights, so `full` saves less the later these come.
 
-Computing stops at the last tensor that backward needs, so a sum at the end of a block is not taken again unless dropout
-follows. Dropout draws the same masks without a state to restore, for they depend on the batch alone (dropout.py).
+Megatron's `selective` is the product with keys, softmax and the product with values alone: worth it where the kernel
+keeps the scores. Those here keep none (FlashAttention, blockwise.py), so projections are computed again as well.
+
+Computing stops at the last tensor that backward needs, so a sum at the end is not taken again unless dropout follows.
+Dropout draws the same masks without a state to restore, for they depend on the batch alone (dropout.py).
 
 Sources: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016; Korthikanti et al., "Reducing Activation
 Recomputation in Large Transformer Models", MLSys 2023 (selective).
@@ -35,11 +38,10 @@ __all__ = ["recompute"]
 
 def recompute(model: nn.Module, what: Literal["none", "selective", "full"]) -> None:
     """Have `model` compute again in backward what `train.recompute` says. Hooks on blocks stay outside."""
+    kinds: dict[str, tuple[type[nn.Module], ...]] = {"none": (), "selective": (Attention,), "full": (Block,)}
     for module in model.modules():
-        if what == "full" and isinstance(module, Block):
-            module.forward = _again(module.forward)  # type: ignore[method-assign]
-        elif what == "selective" and isinstance(module, Attention):
-            module.core = _again(module.core)
+        if isinstance(module, kinds[what]):
+            module.forward = _again(module.forward)
 
 
 def _again(function: Callable[..., Any]) -> Callable[..., Any]:

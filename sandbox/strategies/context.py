@@ -17,10 +17,10 @@ Bytes sent by a rank of n in one layer and one step (Q: its queries, K: its keys
     gather     all_gather     (n-1) K forward; backward reduce_scatter (n-1) K
     ulysses    all_to_all     (n-1)/n (Q + K) and (n-1)/n Q forward, and the same backward
 
-With `train.recompute` forward is sent once more; with `selective`, but for the results that ulysses brings back. A ring
-holds one block of others at a time and gathers nothing, whatever the length of the sequence. In bfloat16 its gradients
-of keys travel as float32. Ulysses needs a number of heads that the ranks divide; if there are fewer key/value
-heads, each goes to every rank whose queries need it, and counts each time. Memory: nothing between steps.
+With `train.recompute` all of forward is sent once more. A ring holds one block of others at a time and gathers nothing,
+whatever the length of the sequence. In bfloat16 its gradients of keys travel as float32. Ulysses needs a number of
+heads that the ranks divide; if there are fewer key/value heads, each goes to every rank whose queries need it, and
+counts each time. Memory: nothing between steps.
 
 `order: zigzag` cuts the sequence into 2n chunks, and rank r holds chunks r and 2n-1-r: one early, with few keys to look
 back on, and one late, so that all ranks compute the same; `contiguous` leaves most to the last rank. Numbers of columns
@@ -179,7 +179,7 @@ def _swap(parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], axis: Axis
 def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
     """Bytes that this rank sends in one step. It holds nothing of its own between steps."""
     axis, train = mesh.axis("cp"), config.train
-    again, whole = train.recompute != "none", train.recompute == "full"  # core alone: what it returns is there
+    again = train.recompute != "none"
     width = [len(part) for part in columns(config.data.sequence, axis.size, options.order)]
     own, others = width[axis.rank], config.data.sequence - width[axis.rank]
     rows = train.batch // mesh.data.size + (mesh.data.rank < train.batch % mesh.data.size)
@@ -199,8 +199,7 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
         else:
             each = heads // axis.size
             came = [each + 2 * (span.stop - span.start) for span in head_spans(heads, groups, axis.size)]
-            to_heads, to_columns = own * (sum(came) - came[axis.rank]), others * each
-            away = (1 + again) * to_heads + own * each * (axis.size - 1)  # forward: its columns; backward: dout
-            back = (1 + whole) * to_columns + others * came[axis.rank]
-            traffic[f"all_to_all {axis.name}"] += column * (away + back) * item
+            forward = own * (sum(came) - came[axis.rank]) + others * each  # its columns; results of its heads
+            backward = own * each * (axis.size - 1) + others * came[axis.rank]
+            traffic[f"all_to_all {axis.name}"] += column * ((1 + again) * forward + backward) * item
     return Prediction(traffic)

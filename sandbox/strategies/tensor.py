@@ -23,10 +23,10 @@ Bytes sent by a rank for each microbatch: n ranks, L blocks, X bytes of hidden s
 With `sequence: true` (Megatron's sequence parallelism) what lies between attention, MLP and head is cut by columns.
 Each all_reduce of X becomes a reduce_scatter and an all_gather, (n-1)/n X each; and the input of q, k, v, of gate, up
 and of the head is gathered again in backward instead of kept, (n-1)/n X (2 L + 1). Norms, dropout and what backward
-keeps of them shrink by n; gradients of norms and of the biases of o and down are sums over tp too. With
-`recompute: full` a block's forward collectives run once more, but for the last sum unless dropout follows.
-Memory: all is cut by n, but norms, biases of o and down, and k and v held by several ranks. The sum of an input's
-gradient travels while the weights' gradients are computed.
+keeps of them shrink by n; gradients of norms and of the biases of o and down are sums over tp too. With `full`
+recomputation a block's forward collectives run again, but for the last sum unless dropout follows; with `selective`,
+the gather for q, k, v. Memory: all is cut by n, but norms, biases of o and down, and k and v held by several ranks. The
+sum of an input's gradient travels while the weights' gradients are computed.
 
 The loss, from local l = log sum exp(y) and the target's logit t (0 where another rank has the word), is
 log sum_tp exp(l) - sum_tp t: one exchange of two numbers a token. Its backward, softmax - onehot, is local.
@@ -222,17 +222,17 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
     """Bytes sent in one step and held after it, by this rank."""
     axis, model = mesh.axis(AXIS), cast(Transformer, model)
     cut(model, config.model, axis)
-    holders = Heads.of(config.model, axis).holders
-    parts = list(shared(model, options, axis, mesh.part(AXIS, holders.start, holders.stop)))
+    alike = Heads.of(config.model, axis).holders
+    parts = list(shared(model, options, axis, mesh.part(AXIS, alike.start, alike.stop)))
     first = mesh.axis("pp").rank == 0  # a tied head keeps the embedding on a stage that does not run it
-    last, blocks = model.head is not None, len(model.blocks)
+    last, blocks, again = model.head is not None, len(model.blocks), config.train.recompute
     mine = len(own(columns := context.held(mesh, config), axis.size, axis.rank))
     batch = len(own(config.train.batch, mesh.data.size, mesh.data.rank))
     width = config.model.width * model.dtype.itemsize
     wide = torch.promote_types(model.dtype, torch.float32).itemsize
-    again = blocks if config.train.recompute == "full" else 0
-    gathers = 6 * blocks + first + 2 * last + 2 * again
-    sums = 4 * blocks + first + last + (2 if config.model.dropout else 1) * again
+    regions, ends = {"none": (0, 0), "selective": (1, 0), "full": (2, 2 if config.model.dropout else 1)}[again]
+    gathers = (6 + regions) * blocks + first + 2 * last
+    sums = (4 + ends) * blocks + first + last
     traffic: dict[str, float] = defaultdict(float)
     for number in range(config.train.microbatches):
         rows = len(own(batch, config.train.microbatches, number))

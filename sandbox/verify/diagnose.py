@@ -103,7 +103,7 @@ def _pattern(found: Findings, wrong: Sequence[Difference], all_: Sequence[Differ
 
 
 def _again(config: Config) -> str:
-    what = {"none": "", "selective": "attention's core", "full": "a block"}[config.train.recompute]
+    what = {"none": "", "selective": "attention", "full": "a block"}[config.train.recompute]
     return f" Or {what} was not the same when it was computed again (train.recompute)." if what else ""
 
 

@@ -56,7 +56,8 @@ def _alone() -> Iterator[Case]:
 
 def _recomputed() -> Iterator[Case]:
     """Blocks that backward computes again, where axes meet: what is gathered, summed, passed on, or put off."""
-    shard, ring = {"degree": 2, "strategy": "zero3"}, {"degree": 2}
+    mesh: dict[str, dict[str, Any]]
+    shard, two = {"degree": 2, "strategy": "zero3"}, {"degree": 2}
     for sequence, dropout in ((True, 0.1), (True, 0.0), (False, 0.0)):
         model = MODEL.model_copy(update={"dropout": dropout})
         name = f"recompute-tp2 x dp2{', sequence' if sequence else ''}, dropout {dropout}"
@@ -70,8 +71,12 @@ def _recomputed() -> Iterator[Case]:
         for how in ("selective", "full"):
             mesh = {"cp": {"degree": 2, "kind": kind}, "tp": {"degree": 2, "sequence": True}}
             yield case("native", f"recompute-cp2 x tp2, {kind}, {how}", mesh, train={"recompute": how})
-    everything = {"pp": {"degree": 2, "schedule": "zb_h1"}, "dp": shard, "cp": ring, "tp": {"degree": 2}}
-    yield case("native", "recompute-pp2 x dp2 x cp2 x tp2", everything, train=FULL)
+    for how in ("selective", "full"):
+        mesh = {"pp": {"degree": 2, "schedule": "zb_h1"}, "dp": shard, "cp": two, "tp": two}
+        yield case("native", f"recompute-pp2 x dp2 x cp2 x tp2, {how}", mesh, train={"recompute": how})
+    for dtype in ("float64", "bfloat16"):  # several ranks hold the same keys and values
+        mesh = {"tp": {"degree": 4}, "dp": shard}
+        yield case("native", f"recompute-tp4 x dp2, {dtype}", mesh, train={"recompute": "selective"}, dtype=dtype)
 
 
 def alone(

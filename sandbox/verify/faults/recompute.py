@@ -45,12 +45,12 @@ class _ToTheInputOnly(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, batch: Batch, function: Callable[[Tensor, Batch], Tensor]) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.again = partial(function, batch=batch)
+        ctx.again = function, batch
         return function(x, batch)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (saved,) = ctx.saved_tensors
+        (saved,), (function, batch) = ctx.saved_tensors, ctx.again
         with torch.enable_grad():
             x = saved.detach().requires_grad_()
-            return *torch.autograd.grad(ctx.again(x), x, grad), None, None
+            return *torch.autograd.grad(function(x, batch), x, grad), None, None
