@@ -144,7 +144,7 @@ def activations(how: str, layers: int) -> int:
 def test_of_a_block_its_input_alone_is_kept() -> None:
     block = {how: activations(how, 4) - activations(how, 3) for how in ("none", "selective", "full")}
     assert block["full"] == 8 * 48 * 16 * 8, "B S D"
-    assert block["none"] > block["selective"] + 6 * block["full"], "queries, keys, values, their norms, the result"
+    assert block["none"] > block["selective"] + 4 * block["full"], "queries, keys, values, the result, and more"
     assert block["none"] > 15 * block["full"]
 
 
@@ -166,8 +166,9 @@ def test_the_peak_falls(mesh: dict[str, Any]) -> None:
         max(launch(2, work.peak, config(how, mesh, layers=6), timeout=world.TIMEOUT))
         for how in ("none", "selective", "full")
     )
-    assert selective < 0.85 * none
-    assert full < (0.9 if mesh.get("pp", {}).get("schedule") == "zb_h1" else 0.5) * none, "there, inputs wait for W"
+    late = mesh.get("pp", {}).get("schedule") == "zb_h1"  # inputs of linears wait for W
+    assert selective < (0.95 if late else 0.9) * none
+    assert full < (0.9 if late else 0.5) * none
 
 
 # Worlds
