@@ -22,7 +22,7 @@ def peak(member: Member, config: Config) -> int:
     """The most bytes of activations and gradients under way that were alive in the second step."""
     trainer = world.trainer_of(member, config)
     trainer.train_step()
-    with Peak(trainer.program, trainer.optimizer) as most:
+    with Peak(trainer.program, trainer.optimizer, by_kind=True) as most:
         trainer.compute_gradients(trainer.batch())
     return most.kinds["other"]
 

@@ -198,6 +198,16 @@ def losses(folder: Path) -> dict[int, tuple[float, float, float]]:
 
 
 @parity
+def test_the_parameters_of_all_stages_are_counted(sandbox: Run, config: Path, tmp_path: Path) -> None:
+    counts = []
+    for degree in (1, 2):
+        stages = ("--set", "mesh.dp={degree: 1}", "--set", f"mesh.pp.degree={degree}", "--set", "train.steps=1")
+        assert sandbox("run", config, *stages).code == 0
+        counts.append(lines(tmp_path / "runs" / "small")[0]["run"]["parameters"])
+    assert counts[0] == counts[1] > 1000
+
+
+@parity
 def test_a_run_writes_its_metrics(sandbox: Run, config: Path, tmp_path: Path) -> None:
     answer = sandbox(
         "run", config, "--set", "train.steps=3", "--set", "train.eval_every=2", "--set", "train.eval_batches=1"

@@ -15,6 +15,7 @@ from sandbox.errors import ConfigError
 from sandbox.layout import Layout
 from sandbox.verdict import Difference
 from sandbox.verify import Case, Verdict, Verdicts, fixture
+from sandbox.verify import diagnose as diagnose_module
 from sandbox.verify.capture import Piece, Pieces
 from sandbox.verify.compare import Whole, assemble, differences, spread
 from sandbox.verify.diagnose import Findings, diagnose
@@ -236,6 +237,22 @@ def test_where_nothing_differs_there_is_no_cause() -> None:
 )
 def test_a_pattern_names_its_cause(changes: dict[str, Any], cause: str) -> None:
     assert diagnose(findings(**changes)).startswith(cause)
+
+
+@unit
+def test_where_several_layers_come_first_the_same_one_is_named_every_time() -> None:
+    """Names of no known layer are all at depth 0. A set of them would be in another order in every process."""
+    some = [f"part{number}.weight" for number in range(9)]
+    every = [Difference(tensor=name, error=1.0, ratio=0.5, cos=0.5) for name in [*some, "head.weight"]]
+    assert diagnose_module._cut_short(every[:-1], every) == "part0"
+
+
+@unit
+def test_a_run_that_computes_again_is_reminded_of_it() -> None:
+    wrong = off(NAMES[1:2], ratio=0.5, cos=0.5)
+    again = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"recompute": "full"})})
+    assert "train.recompute" in diagnose(findings(config=again, gradients=first(wrong)))
+    assert "train.recompute" not in diagnose(findings(gradients=first(wrong)))
 
 
 @unit

@@ -41,10 +41,11 @@ def show(console: Console, strategy: Strategy, engine: str, name: str, config: C
     model = build(config.model, config.train.dtype)
     ranks = predict(config)
     parameters = sum(p.numel() for p in model.parameters())
+    again = "" if config.train.recompute == "none" else f", {config.train.recompute} recomputation"
     table = Table("", *(f"rank {rank}" for rank in range(len(ranks))), box=None, title_justify="left")
     table.title = (
         f"{name} on {config.mesh.world} ranks ({config.mesh}): {parameters:,} parameters, {config.train.dtype}, "
-        f"{config.train.optimizer}, {config.train.microbatches} microbatches"
+        f"{config.train.optimizer}, {config.train.microbatches} microbatches{again}"
     )
     for key in ranks[0].traffic:
         table.add_row(f"sent a step, {key}", *(size(rank.traffic.get(key, 0)) for rank in ranks))

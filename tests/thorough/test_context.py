@@ -218,6 +218,16 @@ def test_each_rank_gets_the_keys_of_its_queries(
             "Degrees that do: 1, 2, 4. With kind ring or gather any degree will do.",
         ),
         (
+            {"mesh": {"cp": {"degree": 2, "kind": "ulysses"}, "tp": {"degree": 3}}, "model": {"heads": 8}},
+            "mesh.cp.degree 2 does not divide the heads of each rank of tp, as mesh.cp.kind ulysses needs: of "
+            "model.heads 8 ranks have 3, 3, 2. Set mesh.cp.kind: ring, or mesh.tp.degree: 1 or 2 or 4.",
+        ),
+        (
+            {"mesh": {"cp": {"degree": 2, "kind": "ulysses"}, "tp": {"degree": 2}}, "model": {"heads": 2}},
+            "mesh.cp.degree 2 does not divide the heads of each rank of tp, as mesh.cp.kind ulysses needs: of "
+            "model.heads 2 ranks have 1, 1. Set mesh.cp.kind: ring, or mesh.tp.degree: 1.",
+        ),
+        (
             {"mesh": {"cp": {"degree": 2, "order": "zickzack"}}},
             "mesh.cp.order: 'zickzack' is not one of 'zigzag' or 'contiguous'.",
         ),
