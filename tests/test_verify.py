@@ -192,6 +192,14 @@ def test_where_nothing_differs_there_is_no_cause() -> None:
         ({"gradients": first(off(NAMES[1:4], cos=0.9))}, "reduction: only block 0 differ (3 of 5)"),
         ({"gradients": first(off(NAMES, drift=0.5))}, "reduction: ranks that should hold the same gradient"),
         (
+            {"gradients": first(off(NAMES, drift=0.5)), "losses": [0.1] * 3},
+            "forward: the loss itself differs by 1.0e-01, and ranks that should compute the same",
+        ),
+        (
+            {"gradients": first(off([NAMES[2]], ratio=0, cos=0))},
+            "backward: the gradients of blocks.0.attention.q.weight (1 of 5) are zero",
+        ),
+        (
             {"gradients": first(off(NAMES, error=1e-3, ratio=1.0001))},
             "precision: 5 of 5 gradients are off by up to 1e-03",
         ),

@@ -3,8 +3,9 @@
 What is looked at first is what happens first: initial values, data, gradients of the first step, their norm, the
 parameters after it, later steps. Within the gradients, one ratio everywhere with cosine 1 is a wrong scale, one ratio
 on a class of parameters a reduction that this class missed or got twice, ranks that disagree a reduction that did not
-happen, and a cosine below 1 wrong weights or wrong data. If the loss is right and gradients are up to some layer, and
-wrong from there down, backward went wrong in that layer.
+happen (unless the loss is wrong too: then they computed apart), and a cosine below 1 wrong weights or wrong data. If
+the loss is right and gradients are up to some layer, and wrong from there down, backward went wrong in that layer; and
+where it never came, they are zero.
 """
 
 import math
@@ -66,6 +67,11 @@ def _gradients(found: Findings) -> str:
     if not wrong:
         return ""
     drifting = [d for d in wrong if d.drift > found.tolerance]
+    if drifting and found.losses[0] > found.tolerance:
+        return (
+            f"forward: the loss itself differs by {found.losses[0]:.1e}, and ranks that should compute the same, and "
+            f"hold the same gradient of {_names(d.tensor for d in drifting)}, disagree: other dropout masks or data."
+        )
     if drifting:
         return (
             f"reduction: ranks that should hold the same gradient of {_names(d.tensor for d in drifting)} disagree: "
@@ -75,6 +81,11 @@ def _gradients(found: Findings) -> str:
 
 
 def _pattern(found: Findings, wrong: Sequence[Difference], all_: Sequence[Difference]) -> str:
+    if all(d.ratio == d.cos == 0 for d in wrong) and len(wrong) < len(all_):
+        return (
+            f"backward: the gradients of {_class(wrong, all_)} ({len(wrong)} of {len(all_)}) are zero: nothing reached "
+            "them, or it was never computed."
+        )
     close = all(0 < d.error < 2**-4 and d.cos > 1 - 2**-10 for d in wrong) and _middle(d.error for d in wrong) < 2**-6
     if close and _middle(abs(d.ratio - 1) for d in wrong) < 2**-8 and len(wrong) > len(all_) / 2:
         return (

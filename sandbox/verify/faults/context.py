@@ -1,5 +1,6 @@
 """Bugs of context parallelism, planted in the cut of the columns, in the mask, and in the ring."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,10 @@ from torch import Tensor
 from sandbox import blockwise
 from sandbox.batch import IGNORED, Batch
 from sandbox.blockwise import Backward, Forward, Tile
-from sandbox.model import attention
+from sandbox.model import attention, dropout
 from sandbox.ring import Ring
+from sandbox.strategies import context
+from sandbox.strategies.context import columns
 from sandbox.trainer import Trainer
 from sandbox.verify.faults.planting import change, change_loss, fault, patch
 
@@ -131,3 +134,49 @@ def columns_cut_twice(trainer: Trainer) -> None:
         return shard(batch.take_columns(mine))
 
     change(trainer, shard_batch=twice)
+
+
+@fault(47, "InternLM/InternLM/pull/405", "forward", "context")
+def every_part_of_a_row_drops_alike(trainer: Trainer) -> None:
+    """Ranks of cp draw masks of dropout from the same seed, each for its own columns, counted from 0."""
+    kept = dropout.kept
+
+    def local(batch: Batch, *where: Any) -> Tensor:
+        return kept(replace(batch, columns=torch.arange(len(batch.columns))), *where)
+
+    patch(dropout, "kept", local)
+
+
+@fault(49, "modelscope/ms-swift/pull/10071", "data", "context", 3)
+def targets_cut_in_the_other_order(trainer: Trainer) -> None:
+    """Tokens are cut in zigzag, targets in rank order."""
+    shard, axis = trainer.program.shard_batch, trainer.mesh.axis("cp")
+
+    def misaligned(batch: Batch) -> Batch:
+        mine = columns(len(batch.columns), axis.size, "contiguous")[axis.rank]
+        return replace(shard(batch), targets=batch.targets[:, mine])
+
+    change(trainer, shard_batch=misaligned)
+
+
+@fault(53, "huggingface/diffusers/issues/14265", "backward", "context", 3)
+def backward_rereads_the_first_block(trainer: Trainer) -> None:
+    """Blocks go round in backward too, but gradients are those of the keys that forward kept: the rank's own."""
+    add = Backward.add
+
+    def stale(way: Backward, kv: Tensor, tiles: list[Tile]) -> Tensor:
+        return add(way, way.__dict__.setdefault("first", kv), tiles)
+
+    patch(Backward, "add", stale)
+
+
+@fault(65, "deepspeedai/DeepSpeed/pull/8317", "forward", "context", options={"kind": "ulysses"})
+def heads_come_back_out_of_order(trainer: Trainer) -> None:
+    """After attention the ranks' heads are put together in another order than they were dealt out in."""
+    exchange, calls = context.exchange, itertools.count()
+
+    def reordered(*args: Any) -> tuple[Tensor, ...]:
+        came = exchange(*args)
+        return came[::-1] if next(calls) % 2 else came
+
+    patch(context, "exchange", reordered)

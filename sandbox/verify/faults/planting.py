@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from sandbox.batch import Batch
+from sandbox.comm import Axis, Event, Pending
 from sandbox.program import Program
 from sandbox.trainer import Trainer
 from sandbox.verdict import Verdict
 from sandbox.verify.matrix import alone
 from sandbox.verify.verifier import Case
 
-__all__ = ["FAULTS", "Fault", "change", "change_loss", "fault", "patch"]
+__all__ = ["FAULTS", "Fault", "at_once", "change", "change_loss", "clip_by_own_norm", "fault", "patch"]
 
 Plant = Callable[[Trainer], Any]
 
@@ -70,6 +71,11 @@ def patch(owner: object, name: str, value: object) -> None:
     setattr(owner, name, value)
 
 
+def at_once(axis: Axis, result: Callable[[], Tensor]) -> Pending:
+    """What a collective returns, for one that sends nothing of its own."""
+    return Pending(axis, Event(0, "", "", 0, 0.0), (), result)
+
+
 def change(trainer: Trainer, **slots: Any) -> None:
     """Put other functions into slots of the trainer's program."""
     trainer.program = replace(trainer.program, **slots)
@@ -89,3 +95,13 @@ def change_loss(trainer: Trainer, normalise: Callable[[Tensor, Batch, float], Te
         return total
 
     change(trainer, forward_backward=forward_backward)
+
+
+def clip_by_own_norm(trainer: Trainer) -> None:
+    """Let each rank clip by the norm of what it holds, as torch does for a model that it takes to be whole."""
+
+    def own(program: Program, most: float | None) -> Tensor:
+        norm: Tensor = torch.nn.utils.clip_grad_norm_(program.parameters.values(), most or 1e9, foreach=True)
+        return norm.double()
+
+    change(trainer, clip=own)

@@ -2,23 +2,28 @@
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import sandbox.program
 from sandbox import regions
-from sandbox.comm import Axis, Event, Pending, all_gather, all_reduce
+from sandbox.batch import Batch
+from sandbox.comm import Axis, Pending, all_gather, all_reduce
 from sandbox.config import Model
-from sandbox.model import Block, Transformer
+from sandbox.model import Block, Transformer, dropout
+from sandbox.model.attention import attend
 from sandbox.partition import own
 from sandbox.regions import share_weights, start_gather, start_scatter
 from sandbox.trainer import Trainer
-from sandbox.verify.faults.planting import change, fault, patch
+from sandbox.verify.faults.planting import at_once, change, clip_by_own_norm, fault, patch
 
 SEQUENCE = {"sequence": True}
 BIASED = Model(layers=2, width=24, heads=4, kv_heads=2, hidden=36, norm="layer", mlp="gelu", bias=True, qk_norm=True)
+GROUPED = Model(layers=2, width=32, heads=8, kv_heads=4, norm="layer", bias=True)
 
 
 @fault(10, "NVIDIA/Megatron-LM/issues/1446", "reduction", "tensor", options=SEQUENCE, model=BIASED)
@@ -131,9 +136,98 @@ def exponentials_summed_twice(trainer: Trainer) -> None:
             pending.wait().view(axis.size, 2, -1)[:, 0] += math.log(axis.size)
             return flat
 
-        return Pending(axis, Event(0, "", "", 0, 0.0), (), finish)
+        return at_once(axis, finish)
 
     patch(regions, "all_gather", again)
+
+
+@fault(21, "NVIDIA/Megatron-LM/issues/737", "forward", "tensor", model=BIASED)
+def softmax_over_own_words(trainer: Trainer) -> None:
+    """Each rank takes its own words for the whole vocabulary when it sums the exponentials."""
+
+    def own_only(flat: Tensor, sizes: list[int], axis: Axis) -> Pending:
+        pending = all_gather(flat, sizes, axis)
+
+        def finish() -> Tensor:
+            sums = pending.wait().view(axis.size, 2, -1)[:, 0]
+            sums[[rank for rank in range(axis.size) if rank != axis.rank]] = -torch.inf
+            return flat
+
+        return at_once(axis, finish)
+
+    patch(regions, "all_gather", own_only)
+
+
+@fault(33, "bigscience-workshop/Megatron-DeepSpeed/pull/274", "norm", "tensor", model=BIASED)
+def parts_clipped_by_their_own_norms(trainer: Trainer) -> None:
+    """Each rank clips by the norm of its parts of the matrices, so norms drift apart."""
+    clip_by_own_norm(trainer)
+
+
+@fault(34, "ROCm/TransformerEngine/pull/715", "norm", "tensor", model=BIASED)
+def replicated_norms_counted_by_each_rank(trainer: Trainer) -> None:
+    """Weights that all ranks of tp hold are taken for parts, so they count in the norm once a rank."""
+    patch(sandbox.program, "_counts", lambda layout, first: True)
+
+
+@fault(35, "NVIDIA/Megatron-LM/pull/5916", "norm", "tensor", model=BIASED)
+def cut_biases_counted_on_one_rank(trainer: Trainer) -> None:
+    """Biases that are cut lack the mark of a part, so only those of the first rank of tp count in the norm."""
+    counts = sandbox.program._counts
+    patch(
+        sandbox.program,
+        "_counts",
+        lambda layout, first: counts(layout, first) and (len(layout.shape) > 1 or first["tp"]),
+    )
+
+
+@fault(45, "NVIDIA-NeMo/Automodel/pull/3822", "initialisation", "tensor", model=BIASED)
+def replicated_norms_start_apart(trainer: Trainer) -> None:
+    """Ranks of tp draw the first values of what they all hold by themselves, and nobody broadcasts."""
+    with torch.no_grad():
+        for name, param in trainer.program.parameters.items():
+            if "tp" not in trainer.program.layout[name].sharded:
+                param.mul_(1 + 0.01 * trainer.mesh.axis("tp").rank)
+
+
+@fault(46, "modelscope/ms-swift/pull/7944", "initialisation", "tensor", model=BIASED)
+def parts_start_alike(trainer: Trainer) -> None:
+    """Every rank of tp draws the first values of its parts from the same seed, so all parts are the first one."""
+    program = trainer.program
+    with torch.no_grad():
+        for name, param in program.parameters.items():
+            first = replace(program.layout[name], offset=(0,) * param.dim())
+            param.copy_(first.take(program.initial(name)))
+
+
+@fault(47, "bigscience-workshop/Megatron-DeepSpeed/pull/276", "forward", "tensor")
+def one_rank_draws_once_more(trainer: Trainer) -> None:
+    """The rank that reads the data takes a random number more: masks of dropout differ where all ranks hold all."""
+    kept, extra = dropout.kept, int(trainer.mesh.axis("tp").rank == 0)
+    patch(dropout, "kept", lambda batch, *where: kept(replace(batch, key=batch.key + extra), *where))
+
+
+@fault(47, "NVIDIA/Megatron-LM/issues/1256", "forward", "tensor", options=SEQUENCE)
+def parts_of_columns_drop_alike(trainer: Trainer) -> None:
+    """Outside attention and MLP each rank draws for its own columns as if they were the first."""
+    kept = dropout.kept
+
+    def from_the_first(batch: Batch, *where: Any) -> Tensor:
+        return kept(replace(batch, columns=batch.columns - batch.columns[0]), *where)
+
+    patch(dropout, "kept", from_the_first)
+
+
+@fault(66, "apple/axlearn/pull/842", "forward", "tensor", model=GROUPED)
+def keys_tiled_over_queries(trainer: Trainer) -> None:
+    """A rank's key heads are repeated as a whole, 0 1 0 1, where neighbouring queries share one: 0 0 1 1."""
+
+    def tiled(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        times = q.shape[1] // k.shape[1]
+        return attend(q, k.repeat(1, times, 1, 1), v.repeat(1, times, 1, 1), batch)
+
+    for block in _blocks(trainer):
+        block.attention.core = tiled
 
 
 def _share_otherwise(
