@@ -138,22 +138,42 @@ def list_() -> None:
 
 @app.command()
 def explain(
-    strategy: Annotated[str, typer.Argument(help="A strategy, such as zero2 (see `sandbox list`).")],
+    strategy: Annotated[
+        str,
+        typer.Argument(help="A strategy, such as zero2 (see `sandbox list`), or a config: all of its strategies."),
+    ],
     config: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Argument(help="Predict for this config; default: the small model of --all, on 4 ranks."),
     ] = None,
     engine: Annotated[str, typer.Option(help="Whose implementation.")] = "native",
     set_: Set = None,
+    picture: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Draw who holds what, and does what when, as an .svg."),
+    ] = None,
 ) -> None:
     """Say what a strategy cuts, what it sends, and what that is in bytes for a config."""
-    from sandbox.plan import find
+    from sandbox.plan import find, plan
+    from sandbox.report.explain import settled, show
 
-    module = find(engine, strategy)
-    settings = _load(config, set_) if config else None
-    from sandbox.report.explain import show
+    _writable("--picture", picture)
+    if config is None and Path(strategy).suffix in (".yaml", ".yml"):
+        settings = _load(Path(strategy), set_)
+        engine = settings.engine
+        names = [planned.strategy.__name__.rpartition(".")[2] for planned in plan(settings)]
+        if not names:
+            raise ConfigError(f"{strategy}: one rank has no strategy to explain. Set a degree, such as mesh.dp.degree.")
+    else:
+        find(engine, strategy)
+        settings, names = settled(_load(config, set_) if config else None, engine, strategy), [strategy]
+    for name in names:
+        show(_console(), find(engine, name), name, settings)
+    if picture:
+        from sandbox.report.picture import picture as draw
 
-    show(_console(), module, engine, strategy, settings)
+        picture.write_text(draw(settings), encoding="utf-8")
+        _console().print(f"wrote {picture}")
 
 
 @app.command()
@@ -216,7 +236,9 @@ def report(
             cases=[*verdicts.cases, *found.cases],
             seconds=verdicts.seconds + found.seconds,
         )
-    write(out, verdicts, runs=runs)
+    from sandbox.report.picture import pictures
+
+    write(out, verdicts, runs=runs, pictures=pictures(verdicts.cases))
     _console().print(f"wrote {out}")
     if picture:
         from sandbox.report.hero import hero
@@ -282,8 +304,9 @@ def _show(verdicts: "Verdicts", json_: Path | None, report: Path | None) -> None
         json_.write_text(verdicts.model_dump_json(indent=1), encoding="utf-8")
     if report:
         from sandbox.report.html import write
+        from sandbox.report.picture import pictures
 
-        write(report, verdicts)
+        write(report, verdicts, pictures=pictures(verdicts.cases))
         _console().print(f"wrote {report}")
 
 

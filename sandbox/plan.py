@@ -10,6 +10,7 @@ A strategy is a module, found by its place: `sandbox/strategies/NAME.py` for the
 
     check           optional: (config, options) -> None, raises ConfigError with the nearest setting that would work
     schedule        optional: (config, options) -> Schedule, who does what when, for `explain` to draw
+    columns         optional: (sequence, ranks, order) -> the columns of each rank, for `explain` to draw
 
 and its docstring is what `sandbox explain` prints. An engine's package may hold UNSUPPORTED: strategy -> reason.
 """
@@ -30,13 +31,27 @@ import sandbox.engines
 import sandbox.strategies
 from sandbox.config import Config, Options, check
 from sandbox.errors import ConfigError, UnsupportedError
+from sandbox.layout import Layout
 from sandbox.mesh import Mesh
 from sandbox.model import build
 from sandbox.predict import Prediction, bytes_of, state_copies
 from sandbox.program import Program, materialise, unsharded
 from sandbox.recompute import recompute
 
-__all__ = ["Planned", "Strategy", "engines", "find", "fold", "name_of", "plan", "predict", "strategies", "unsupported"]
+__all__ = [
+    "USUAL",
+    "Planned",
+    "Strategy",
+    "engines",
+    "find",
+    "fold",
+    "layouts",
+    "name_of",
+    "plan",
+    "predict",
+    "strategies",
+    "unsupported",
+]
 
 FOLD = ("pp", "tp", "cp", "dp")
 """The order in which strategies are folded over the model: each meets what the ones before it have left.
@@ -119,6 +134,20 @@ def fold(config: Config, mesh: Mesh, device: torch.device) -> Program:
     if any(p.is_meta for p in program.parameters.values()):
         program = replace(program, parameters=materialise(program))
     return program
+
+
+def layouts(config: Config) -> list[dict[str, Layout]]:
+    """Where each rank's pieces of the parameters lie: the plan folded on paper, over a model without values."""
+    model = build(config.model, config.train.dtype)
+    values = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    ranks = []
+    for rank in range(config.mesh.world):
+        mesh = Mesh(config.mesh.degrees, rank)
+        program = replace(unsharded(config, mesh, torch.device("meta")), initial=values.__getitem__)
+        for planned in plan(config):
+            program = planned.strategy.apply(program, mesh, planned.options)
+        ranks.append({name: program.layout[name] for name in program.parameters})
+    return ranks
 
 
 def predict(config: Config) -> list[Prediction]:

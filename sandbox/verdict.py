@@ -1,6 +1,6 @@
 """What a verification found, as plain data: printed as a table, written as JSON, drawn in the report."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -71,6 +71,7 @@ class Verdict(BaseModel):
     losses: list[float] = []
     reference_losses: list[float] = []
     timeline: list[list[Span]] = []  # by rank, of one step
+    config: dict[str, Any] = {}  # what was run
 
     @property
     def worst(self) -> Difference | None:

@@ -122,9 +122,9 @@ def sleep_instead(trainer: Trainer, seconds: tuple[float, float, float]) -> Naps
 
 def idle(ranks: Sequence[Sequence[Span]]) -> float:
     """The part of all ranks' time, from the first nap's start to the last one's end, in which they did not sleep."""
-    starts, ends = zip(*chain(*ranks), strict=True)
-    asleep = sum(end - start for start, end in chain(*ranks))
-    return 1 - asleep / ((max(ends) - min(starts)) * len(ranks))
+    spans = list(chain(*ranks))
+    length = max(end for _, end in spans) - min(start for start, _ in spans)
+    return 1 - sum(end - start for start, end in spans) / (length * len(ranks))
 
 
 class _Part(nn.Module):

@@ -6,15 +6,33 @@ from rich.table import Table
 
 from sandbox.config import Config, Mesh
 from sandbox.model import build
-from sandbox.plan import Strategy, predict
+from sandbox.plan import USUAL, Strategy, find, predict
 from sandbox.report.schedule import text as draw
 from sandbox.report.words import size
 from sandbox.verify.matrix import DATA, MODEL, TRAIN
 
-__all__ = ["show"]
+__all__ = ["settled", "show"]
 
 
-def show(console: Console, strategy: Strategy, engine: str, name: str, config: Config | None) -> None:
+def settled(config: Config | None, engine: str, name: str) -> Config:
+    """`config`, or a small one on 4 ranks, with the strategy of that name in it."""
+    axis_name = find(engine, name).AXIS
+    config = config or Config(
+        name=name,
+        engine=engine,
+        model=MODEL,
+        data=DATA,
+        train=TRAIN,
+        mesh=Mesh.model_validate({axis_name: {"degree": 4, "strategy": name}}),
+    )
+    axis = getattr(config.mesh, axis_name)
+    if axis.degree > 1 and (axis.strategy or USUAL[axis_name]) == name:
+        return config
+    axis = type(axis).model_validate({"degree": max(2, axis.degree), "strategy": name})
+    return config.model_copy(update={"engine": engine, "mesh": config.mesh.model_copy(update={axis_name: axis})})
+
+
+def show(console: Console, strategy: Strategy, name: str, config: Config) -> None:
     """Print the strategy's own account, its options, and what a rank sends and holds under `config`."""
     console.print(escape((strategy.__doc__ or "").strip()))
     options = Table(
@@ -25,19 +43,11 @@ def show(console: Console, strategy: Strategy, engine: str, name: str, config: C
     if strategy.Options.model_fields:
         console.print()
         console.print(options)
-    config = config or Config(
-        engine=engine, model=MODEL, data=DATA, train=TRAIN, mesh=Mesh.model_validate({strategy.AXIS: {"degree": 4}})
-    )
-    axis = getattr(config.mesh, strategy.AXIS)
-    if axis.strategy != name:
-        axis = type(axis).model_validate({"degree": max(2, axis.degree), "strategy": name})
-        config = config.model_copy(
-            update={"engine": engine, "mesh": config.mesh.model_copy(update={strategy.AXIS: axis})}
-        )
     schedule = getattr(strategy, "schedule", None)
     if schedule:
         console.print()
-        console.print(draw(schedule(config, strategy.Options(**axis.options)), console.width), highlight=False)
+        made = schedule(config, strategy.Options(**getattr(config.mesh, strategy.AXIS).options))
+        console.print(draw(made, console.width), highlight=False)
     model = build(config.model, config.train.dtype)
     ranks = predict(config)
     parameters = sum(p.numel() for p in model.parameters())

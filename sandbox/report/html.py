@@ -23,8 +23,17 @@ LOWEST = -18  # log10 of the smallest error on the axis
 KINDS = ("forward", "backward", "optimizer", "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "send", "recv")
 
 
-def write(path: Path, verdicts: Verdicts, *, runs: Sequence[RunRecord] = (), when: date | None = None) -> None:
+def write(
+    path: Path,
+    verdicts: Verdicts,
+    *,
+    runs: Sequence[RunRecord] = (),
+    pictures: Sequence[tuple[Verdict, str]] = (),
+    when: date | None = None,
+) -> None:
     """Write the page about `verdicts`, and about `runs` if any, to `path`. `when` is today by default.
+
+    `pictures` are cases, each with an SVG of what its ranks hold and do.
 
     Raises SandboxError where Jinja2 is not installed.
     """
@@ -51,6 +60,7 @@ def write(path: Path, verdicts: Verdicts, *, runs: Sequence[RunRecord] = (), whe
         memory=_memory(representatives(cases, lambda case: bool(case.memory))),
         traffic=_traffic(representatives(cases, lambda case: bool(case.traffic))),
         timelines=[_timeline(case) for case in representatives(cases, lambda case: any(case.timeline))],
+        pictures=pictures,
         runs=[_training(run) for run in runs if len(run.losses) > 1],
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,16 +1,17 @@
 """A pipeline's schedule to look at: a row a rank, time from left to right, as text or as a drawing."""
 
 from collections.abc import Sequence
-from html import escape
 
 from sandbox.orders import Action
+from sandbox.report.svg import Drawing
 from sandbox.schedules import Schedule, bubble, finish_times, peaks
 
-__all__ = ["svg", "text"]
+__all__ = ["WIDEST", "gantt", "legend", "text"]
 
 Costs = tuple[float, float, float]
-COLORS = {"F": ("#3a6fb0", "#7ba3d3"), "B": ("#d0693a", "#e5a482"), "W": ("#2b978a", "#79c0b7")}
-INK, QUIET = "#1d232c", "#667080"
+ROOM, ROW = 56, 24
+WIDEST = 800
+"""Pixels of the longest schedule."""
 
 
 def text(schedule: Schedule, width: int = 120) -> str:
@@ -34,31 +35,36 @@ def text(schedule: Schedule, width: int = 120) -> str:
     return "\n".join([*lines, _summary(schedule)])
 
 
-def svg(schedule: Schedule, costs: Costs = (1, 1, 1), unit: float = 22) -> str:
-    """A drawing; lighter shades are a rank's second stage and further ones."""
-    ends = finish_times(schedule, costs)
-    high, left = 26, 56
-    width, height = left + unit * max(ends.values()) + 1, high * len(schedule.orders) + 30
-    boxes = []
+def gantt(schedule: Schedule, name: str, costs: Costs = (1, 1, 1), unit: float = 0) -> Drawing:
+    """A row a rank, time from left to right, `unit` pixels a unit of it; what no action covers is the bubble."""
+    drawing, ends = Drawing(), finish_times(schedule, costs)
+    length, top = max(ends.values()), 22
+    unit = unit or min(22.0, WIDEST / length)
+    drawing.text(0, 10, name, "title")
+    drawing.text(12 + 7 * len(name), 10, _summary(schedule, costs), "quiet")
     for rank, order in enumerate(schedule.orders):
-        top = high * rank
-        boxes.append(f'<text x="0" y="{top + 17}" fill="{QUIET}">rank {rank}</text>')
+        y = top + ROW * rank
+        drawing.text(0, y + 15, f"rank {rank}", "quiet")
+        drawing.rect(ROOM, y + 1, unit * length, ROW - 4, "idle", f"rank {rank} is idle")
         for action in order:
             long = schedule.cost(action, costs) * unit
-            x = left + ends[action] * unit - long
-            shade = COLORS[action.kind][min(1, schedule.held(rank).index(action.stage))]
-            boxes.append(
-                f'<rect x="{x:g}" y="{top + 2}" width="{long - 1:g}" height="{high - 4}" fill="{shade}">'
-                f"<title>{escape(_words(action))}</title></rect>"
-                f'<text x="{x + long / 2 - 0.5:g}" y="{top + 17}" fill="white" text-anchor="middle">'
-                f"{action.microbatch}</text>"
-            )
-    summary = f'<text x="{left}" y="{height - 8}" fill="{INK}">{escape(_summary(schedule, costs))}</text>'
-    drawn = "\n".join([*boxes, summary])
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height}" font-family="sans-serif" '
-        f'font-size="12">\n{drawn}\n</svg>\n'
-    )
+            x = ROOM + ends[action] * unit - long
+            later = schedule.held(rank).index(action.stage) > 0
+            drawing.rect(x + 0.5, y + 1, long - 1, ROW - 4, action.kind.lower() + "2" * later, _words(action))
+            if long > 7 * len(str(action.microbatch)):
+                drawing.text(x + long / 2, y + 14.5, str(action.microbatch), "on", "middle")
+    return drawing
+
+
+def legend(schedules: Sequence[Schedule]) -> Drawing:
+    """What the colours of `gantt` stand for."""
+    drawing, split = Drawing(), any(schedule.split for schedule in schedules)
+    entries = [("f", "forward"), ("b", "backward of inputs" if split else "backward")]
+    entries += [("w", "backward of weights")] * split
+    if any(len(schedule.held(0)) > 1 for schedule in schedules):
+        entries.append(("f2", "another shade: second and further stages of the rank"))
+    drawing.legend(ROOM, 10, [*entries, ("idle", "idle")])
+    return drawing
 
 
 def _label(schedule: Schedule, rank: int, action: Action) -> str:

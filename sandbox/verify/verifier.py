@@ -97,6 +97,7 @@ class Verifier:
             dtype=config.train.dtype,
             world=config.mesh.world,
             status="held",
+            config=config.model_dump(mode="json"),
         )
         try:
             verdict.strategy = name_of(config)
