@@ -10,7 +10,7 @@ SHORT := --set train.steps=60
 RUNS := unsharded ddp zero2 fsdp
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint unit parity thorough bench picture clean
+.PHONY: help demo test lint unit parity thorough bench picture pictures clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,13 +40,17 @@ parity: .venv/.installed  ## Tests of several processes, for the data axis and t
 thorough: .venv/.installed  ## More tests of several processes: corners of each strategy, and compositions; half an hour
 	$(BIN)/pytest -m parity tests/thorough
 
-bench: .venv/.installed  ## Step time against torch's own implementations
+bench: .venv/.installed  ## Step time against torch's own implementations, and bubbles against theory
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/bubble.py
 
 picture: .venv/.installed  ## Draw docs/hero.png from `sandbox verify --all`
 	mkdir -p runs
 	$(SANDBOX) verify --all --json runs/all.json
 	$(SANDBOX) report runs/all.json --out runs/all.html --picture docs/hero.png
+
+pictures: .venv/.installed  ## Draw docs/pictures from what the strategies say of themselves
+	$(BIN)/python docs/draw.py
 
 clean:  ## Remove .venv, runs and caches
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -12,7 +12,7 @@ Columns = Sequence[Sequence[int]]
 """By rank, the columns that it holds."""
 
 
-def strips(orders: dict[str, Columns]) -> Drawing:
+def strips(orders: dict[str, Columns], rank_is: str = "rank") -> Drawing:
     """The sequence from left to right, by order; each run of columns in the colour of its rank."""
     drawing = Drawing()
     for number, (order, columns) in enumerate(orders.items()):
@@ -20,13 +20,13 @@ def strips(orders: dict[str, Columns]) -> Drawing:
         drawing.text(0, y + 13, order, "quiet")
         for start, stop, rank in _runs(columns):
             x, wide = 120 + 560 * start / total, 560 * (stop - start) / total
-            words = f"rank {rank} holds columns {start} to {stop - 1}"
+            words = f"{rank_is} {rank} holds columns {start} to {stop - 1}"
             drawing.rect(x + 0.5, y + 2, wide - 1, 13, drawing.held([rank], 0), words)
             drawing.text(x + wide / 2, y + 12.5, str(rank), "on", "middle")
     return drawing
 
 
-def scores(order: str, columns: Columns, *, steps: bool) -> Drawing:
+def scores(order: str, columns: Columns, *, steps: bool, rank_is: str = "rank") -> Drawing:
     """The scores of queries (downwards) and keys: whose work they are; `steps`: and in which step of the ring.
 
     Above the diagonal nothing is seen. Below: how many scores each rank computes.
@@ -44,7 +44,7 @@ def scores(order: str, columns: Columns, *, steps: bool) -> Drawing:
             x0, x1, y0, y1 = (SIDE * c / total for c in (k_start, k_stop, q_start, q_stop))
             x0, x1, y0, y1 = LEFT + x0 + 0.5, LEFT + x1 - 0.5, 18 + y0 + 0.5, 18 + y1 - 0.5
             step = (rank - source) % ranks
-            words = f"rank {rank}'s queries, rank {source}'s keys" + (f": step {step}" if steps else "")
+            words = f"{rank_is} {rank}'s queries, {rank_is} {source}'s keys" + (f": step {step}" if steps else "")
             full = k_stop <= q_start
             points = [(x0, y0), (x1, y1), (x0, y1)] if not full else [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
             drawing.polygon(points, drawing.held([rank], 0), words)
@@ -54,13 +54,13 @@ def scores(order: str, columns: Columns, *, steps: bool) -> Drawing:
     work = [sum(1 + column for column in mine) for mine in columns]
     for rank, count in enumerate(work):
         y = SIDE + 30 + 16 * rank
-        drawing.text(LEFT - 6, y + 9, f"rank {rank}", "quiet small", "end")
+        drawing.text(LEFT - 6, y + 9, f"{rank_is} {rank}", "quiet small", "end")
         drawing.rect(LEFT, y, (SIDE - 60) * count / max(work), 10, drawing.held([rank], 0), f"{count:,} scores")
         drawing.text(LEFT + (SIDE - 60) * count / max(work) + 6, y + 9, f"{count:,}", "quiet small")
     return drawing
 
 
-def travel(ranks: int) -> Drawing:
+def travel(ranks: int, rank_is: str = "rank") -> Drawing:
     """By step of a ring: whose keys and values each rank computes with."""
     drawing = Drawing()
     for step in range(ranks):
@@ -69,8 +69,10 @@ def travel(ranks: int) -> Drawing:
         for rank in range(ranks):
             y, source = 18 + 24 * rank, (rank - step) % ranks
             if not step:
-                drawing.text(0, y + 14, f"rank {rank}", "quiet")
-            drawing.rect(x, y, 60, 20, drawing.held([source], 0), f"rank {rank} has the block of rank {source}")
+                drawing.text(0, y + 14, f"{rank_is} {rank}", "quiet")
+            drawing.rect(
+                x, y, 60, 20, drawing.held([source], 0), f"{rank_is} {rank} has the block of {rank_is} {source}"
+            )
             drawing.text(x + 30, y + 14, str(source), "on", "middle")
             if step < ranks - 1:
                 below = y + 24 if rank < ranks - 1 else 18
@@ -78,7 +80,7 @@ def travel(ranks: int) -> Drawing:
     return drawing
 
 
-def exchange(columns: Columns, heads: int) -> Drawing:
+def exchange(columns: Columns, heads: int, rank_is: str = "rank") -> Drawing:
     """Ulysses: outside attention a rank has all heads of its columns, inside all columns of its heads."""
     drawing, total, ranks = Drawing(), sum(map(len, columns)), len(columns)
     runs = _runs(columns)
@@ -92,7 +94,7 @@ def exchange(columns: Columns, heads: int) -> Drawing:
             y, each = 18 + high * head / heads, high / heads
             for start, stop, rank in runs if not number else [(0, total, head * ranks // heads)]:
                 x, long = left + wide * start / total, wide * (stop - start) / total
-                words = f"rank {rank}: head {head}, columns {start} to {stop - 1}"
+                words = f"{rank_is} {rank}: head {head}, columns {start} to {stop - 1}"
                 drawing.rect(x + 0.5, y + 0.5, long - 1, each - 1, drawing.held([rank], 0), words)
     middle, y = LEFT + 22 + wide + 50, 18 + high / 2
     drawing.text(middle, y - 6, "all_to_all", "quiet small", "middle")

@@ -29,8 +29,8 @@ def picture(config: Config, *, alone: bool = True) -> str:
     for planned in plan(config):
         schedule = getattr(planned.strategy, "schedule", None)
         if schedule:
-            made = schedule(config, planned.options)
-            drawn = stack([gantt(made, getattr(planned.options, "schedule", "schedule")), legend([made])], 12)
+            made, name = schedule(config, planned.options), getattr(planned.options, "schedule", "schedule")
+            drawn = stack([gantt(made, name, rank_is=_rank(config, "pp")), legend([made])], 12)
             drawings.append(_titled("Who does what when: time from left to right, microbatches by number", drawn))
         columns_of = getattr(planned.strategy, "columns", None)
         if columns_of:
@@ -45,7 +45,7 @@ def gallery(ranks: int = 4, microbatches: int = 8) -> str:
     # A stage's action takes half as long where a rank has two of them.
     costs = {name: (2 / len(schedule.held(0)),) * 3 for name, schedule in made.items()}
     unit = WIDEST / max(max(finish_times(schedule, costs[name]).values()) for name, schedule in made.items())
-    drawings = [gantt(schedule, name, costs[name], unit) for name, schedule in made.items()]
+    drawings = [gantt(schedule, name, costs[name], unit=unit) for name, schedule in made.items()]
     return stack([*drawings, legend(list(made.values()))], 20).svg("schedules of a pipeline")
 
 
@@ -63,21 +63,21 @@ def _head(config: Config) -> Drawing:
 
 
 def _context(config: Config, options: Options, columns_of: Callable[[int, int, str], list[Tensor]]) -> list[Drawing]:
-    ranks, sequence = config.mesh.cp.degree, config.data.sequence
+    ranks, sequence, rank = config.mesh.cp.degree, config.data.sequence, _rank(config, "cp")
     orders = {order: [part.tolist() for part in columns_of(sequence, ranks, order)] for order in ORDERS}
     kind, order = getattr(options, "kind", "ring"), getattr(options, "order", ORDERS[0])
-    whose = strips({f"{name}, here" if name == order else name: columns for name, columns in orders.items()})
+    whose = strips({f"{name}, here" if name == order else name: columns for name, columns in orders.items()}, rank)
     drawings = [_titled(f"Who holds which of the {sequence} columns", whose)]
     if kind == "ulysses":
         heads = config.model.heads // config.mesh.tp.degree
-        return [*drawings, _titled("Who holds what of queries, keys and values", exchange(orders[order], heads))]
+        return [*drawings, _titled("Who holds what of queries, keys and values", exchange(orders[order], heads, rank))]
     both = Drawing()
     for number, (name, columns) in enumerate(orders.items()):
-        both.place(scores(name, columns, steps=kind == "ring"), 370 * number, 0)
+        both.place(scores(name, columns, steps=kind == "ring", rank_is=rank), 370 * number, 0)
     numbered = ", numbered by the step of the ring in which it is done" if kind == "ring" else ""
     drawings.append(_titled(f"Who works on which scores{numbered}; and how many each rank works on", both))
     if kind == "ring":
-        drawings.append(_titled("Whose keys and values a rank has, step by step", travel(ranks)))
+        drawings.append(_titled("Whose keys and values a rank has, step by step", travel(ranks, rank)))
     return drawings
 
 
@@ -120,6 +120,11 @@ def _places(config: Config) -> list[str]:
         return [""] * config.mesh.world
     meshes = [Mesh(config.mesh.degrees, rank) for rank in range(config.mesh.world)]
     return [", ".join(f"{axis.removeprefix('dp_')} {mesh.axis(axis).rank}" for axis in axes) for mesh in meshes]
+
+
+def _rank(config: Config, axis: str) -> str:
+    """What a place along an axis is called: `rank`, if there are no others, else by the axis."""
+    return "rank" if config.mesh.world == config.mesh.degrees[axis] else axis
 
 
 def _titled(title: str, drawing: Drawing) -> Drawing:

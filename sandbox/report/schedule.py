@@ -35,7 +35,9 @@ def text(schedule: Schedule, width: int = 120) -> str:
     return "\n".join([*lines, _summary(schedule)])
 
 
-def gantt(schedule: Schedule, name: str, costs: Costs = (1, 1, 1), unit: float = 0) -> Drawing:
+def gantt(
+    schedule: Schedule, name: str, costs: Costs = (1, 1, 1), *, unit: float = 0, rank_is: str = "rank"
+) -> Drawing:
     """A row a rank, time from left to right, `unit` pixels a unit of it; what no action covers is the bubble."""
     drawing, ends = Drawing(), finish_times(schedule, costs)
     length, top = max(ends.values()), 22
@@ -44,8 +46,8 @@ def gantt(schedule: Schedule, name: str, costs: Costs = (1, 1, 1), unit: float =
     drawing.text(12 + 7 * len(name), 10, _summary(schedule, costs), "quiet")
     for rank, order in enumerate(schedule.orders):
         y = top + ROW * rank
-        drawing.text(0, y + 15, f"rank {rank}", "quiet")
-        drawing.rect(ROOM, y + 1, unit * length, ROW - 4, "idle", f"rank {rank} is idle")
+        drawing.text(0, y + 15, f"{rank_is} {rank}", "quiet")
+        drawing.rect(ROOM, y + 1, unit * length, ROW - 4, "idle", f"{rank_is} {rank} is idle")
         for action in order:
             long = schedule.cost(action, costs) * unit
             x = ROOM + ends[action] * unit - long

@@ -12,8 +12,8 @@ STYLE = """\
 .picture { --paper: light-dark(#fff, #1b1f26); --ink: light-dark(#1d232c, #e6e8ec);
   --quiet: light-dark(#667080, #949dab);
   --line: light-dark(#e4e2dc, #333a45); --all: light-dark(#d5d8dc, #454c57); --f: light-dark(#3a6fb0, #4f86c6);
-  --f2: light-dark(#7ba3d3, #35618f); --b: light-dark(#d0693a, #c9703f); --b2: light-dark(#e5a482, #8f5335);
-  --w: light-dark(#2b978a, #2f9486); --w2: light-dark(#79c0b7, #246a61);
+  --f2: light-dark(#6d98cd, #35618f); --b: light-dark(#d0693a, #c9703f); --b2: light-dark(#de9570, #8f5335);
+  --w: light-dark(#2b978a, #2f9486); --w2: light-dark(#62b0a6, #246a61);
   --r0: light-dark(#3a6fb0, #5b93d3); --r1: light-dark(#d0693a, #d87c4c); --r2: light-dark(#2b978a, #3fa897);
   --r3: light-dark(#dda02f, #cf9a3c); --r4: light-dark(#8d5f93, #ab7db1); --r5: light-dark(#79aedb, #3f6f9f);
   --r6: light-dark(#c9577a, #d6748f); --r7: light-dark(#8a9a3b, #9aa84c);

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from sandbox.orders import LOOPED, VS, Action
-from sandbox.report.schedule import svg, text
+from sandbox.report.schedule import gantt, text
 from sandbox.schedules import SCHEDULES, Schedule, bubble, check, finish_times, make, peaks
 
 pytestmark = pytest.mark.unit
@@ -127,9 +127,11 @@ def test_messages_are_what_crosses_between_ranks(name: str) -> None:
 @EACH
 def test_a_drawing_shows_every_action_once(name: str) -> None:
     schedule = make(name, 3, 5)
-    drawn = ElementTree.fromstring(svg(schedule))
-    titles = [box[0].text for box in drawn.findall("{*}rect")]
-    assert len(titles) == len(set(titles)) == sum(map(len, schedule.orders))
+    drawn = ElementTree.fromstring(gantt(schedule, name).svg(name))
+    titles = [title.text for title in drawn.iter("{http://www.w3.org/2000/svg}title")]
+    actions = [title for title in titles if title and "idle" not in title]
+    assert len(actions) == len(set(actions)) == sum(map(len, schedule.orders))
+    assert len(titles) == len(actions) + 3
 
 
 def test_a_text_shows_each_unit_of_time() -> None:
