@@ -104,6 +104,7 @@ def config(tmp_path: Path) -> Path:
             "--dtype float16: is not one of float64, float32, bfloat16, config.",
         ),
         (("verify", "--all", "--only", "zzz"), "--only zzz: no case of --all has that in its `engine name`."),
+        (("explain", "small.yaml", "--set", "mesh.dp.degree=1"), "small.yaml: one rank has no strategy to explain."),
         (("explain", "zero4"), "'zero4' is not a strategy of engine native. Did you mean zero"),
         (("explain", "zero2", "--engine", "torch"), "engine torch cannot run zero2: "),
         (("explain", "ddp", "--engine", "nope"), "'nope' is not an engine."),
@@ -177,6 +178,14 @@ def test_a_strategy_is_explained_for_a_config(sandbox: Run, config: Path) -> Non
     assert "zero2 on 3 ranks (dp 3)" in sandbox("explain", "zero2", config, "--set", "mesh.dp.degree=3").out
     assert "zero3 on 2 ranks (dp 2)" in sandbox("explain", "zero3", config).out
     assert "fsdp on 2 ranks (dp 2)" in sandbox("explain", "fsdp", config, "--engine", "torch").out
+
+
+@unit
+def test_a_config_is_explained_by_its_strategies_and_drawn(sandbox: Run, config: Path, tmp_path: Path) -> None:
+    answer = sandbox("explain", config, "--set", "mesh.tp.degree=2", "--picture", tmp_path / "drawn.svg")
+    assert "tensor on 4 ranks (dp 2, tp 2)" in " ".join(answer.out.split())
+    assert "zero2 on 4 ranks (dp 2, tp 2)" in " ".join(answer.out.split())
+    assert (tmp_path / "drawn.svg").read_text().startswith("<svg ")
 
 
 @unit

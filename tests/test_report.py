@@ -21,6 +21,7 @@ from rich.console import Console
 from sandbox.errors import ConfigError, SandboxError
 from sandbox.report import html, words
 from sandbox.report.hero import hero
+from sandbox.report.picture import pictures
 from sandbox.report.record import RunRecord
 from sandbox.report.tables import Report
 from sandbox.verdict import Amount, Difference, Span, Verdict, Verdicts
@@ -388,6 +389,20 @@ class TestHero:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         with pytest.raises(SandboxError, match="matplotlib"):
             hero(tmp_path / "hero.png", sample())
+
+
+def test_the_page_holds_the_pictures_of_cases_on_most_ranks(tmp_path: Path) -> None:
+    def case(world: int, engine: str = "native") -> Verdict:
+        settings = {"mesh": {"dp": {"degree": world}}}
+        return one(name=f"{engine} {world}", engine=engine, world=world, status="held", config=settings)
+
+    verdicts = Verdicts(cases=[case(2), case(4), case(8, "torch"), one(name="old", strategy="none")])
+    found = pictures(verdicts.cases)
+    assert [drawn.name for drawn, _ in found] == ["native 4"]
+    html.write(tmp_path / "page.html", verdicts, pictures=found)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('class="picture"') == 1
+    assert "blocks.0.norm1.weight [64]: all ranks" in page
 
 
 def test_importing_the_report_imports_no_drawing_library() -> None:

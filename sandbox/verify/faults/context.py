@@ -13,7 +13,6 @@ from sandbox.blockwise import Backward, Forward, Tile
 from sandbox.model import attention, dropout
 from sandbox.ring import Ring
 from sandbox.strategies import context
-from sandbox.strategies.context import columns
 from sandbox.trainer import Trainer
 from sandbox.verify.faults.planting import change, change_loss, fault, patch
 
@@ -153,7 +152,7 @@ def targets_cut_in_the_other_order(trainer: Trainer) -> None:
     shard, axis = trainer.program.shard_batch, trainer.mesh.axis("cp")
 
     def misaligned(batch: Batch) -> Batch:
-        mine = columns(len(batch.columns), axis.size, "contiguous")[axis.rank]
+        mine = context.columns(len(batch.columns), axis.size, "contiguous")[axis.rank]
         return replace(shard(batch), targets=batch.targets[:, mine])
 
     change(trainer, shard_batch=misaligned)
