@@ -21,7 +21,7 @@ def test_a_schedule_is_as_idle_and_keeps_as_much_as_its_table_says(name: str) ->
 
 def asleep(name: str) -> Found:
     """Measured; on a busy machine again with longer sleeps, in which what others take weighs less."""
-    for seconds, steps in ((0.02, 3), (0.06, 2), (0.18, 2)):
+    for seconds, steps in ((0.03, 3), (0.06, 2), (0.12, 2)):
         found = measure(name, RANKS, MICROBATCHES, seconds, steps)
         if abs(found.bubble - bubble(found.schedule)) <= BOUND:
             break
