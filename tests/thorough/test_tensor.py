@@ -245,4 +245,4 @@ def test_a_planted_bug_is_caught_and_its_twin_holds(fault: Fault) -> None:
 @UNIT
 def test_the_catalogue_of_tensor_parallelism_is_planted() -> None:
     numbers = {fault.number for fault in FAULTS.values() if fault.strategy == "tensor"}
-    assert numbers == {10, 11, 12, 13, *range(15, 22)}
+    assert numbers >= {10, 11, 12, 13, *range(15, 22), 33, 34, 35, 45, 46, 47}
