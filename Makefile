@@ -37,7 +37,7 @@ unit: .venv/.installed  ## Tests of one process
 parity: .venv/.installed  ## Tests of several processes, for the data axis and the whole matrix
 	$(BIN)/pytest -m parity --ignore tests/thorough
 
-thorough: .venv/.installed  ## More tests of several processes: corners of each strategy, and compositions; half an hour
+thorough: .venv/.installed  ## More tests of several processes: corners of each strategy, and plans drawn at random; minutes
 	$(BIN)/pytest -m parity tests/thorough
 
 bench: .venv/.installed  ## Step time against torch's own implementations, and bubbles against theory

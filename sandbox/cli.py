@@ -290,8 +290,10 @@ def _verify(cases: "list[Case]") -> "Verdicts":
 
     started, verifier = time.perf_counter(), Verifier()
     console = _console(stderr=True)
-    steps = track(cases, "verifying", console=console, transient=True, disable=not console.is_terminal)
-    verdicts = [verifier.verify(case) for case in steps]
+    held = verifier.verify_all(cases)
+    verdicts = list(
+        track(held, "verifying", len(cases), console=console, transient=True, disable=not console.is_terminal)
+    )
     versions = {engine: _version(engine) for engine in dict.fromkeys(case.config.engine for case in cases)}
     return Verdicts(versions=versions, cases=verdicts, seconds=time.perf_counter() - started)
 

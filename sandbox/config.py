@@ -80,9 +80,10 @@ class Model(Section):
                 f"model.kv_heads {self.groups} does not divide model.heads {self.heads}. {_near(self.heads)}"
             )
         if self.rotary and (self.width // self.heads) % 2:
+            even = "" if self.width % 2 else f"model.heads to a divisor of {self.width // 2}, or "
             raise ValueError(
                 f"model.rotary needs an even head width, but model.width / model.heads = {self.width // self.heads}. "
-                "Halve model.heads, or set model.rotary: false."
+                f"Set {even}model.rotary: false."
             )
         return self
 

@@ -174,8 +174,7 @@ def _unsharded(config: Config, model: nn.Module) -> dict[str, int]:
 def _resolve(config: Config) -> Iterator[tuple[Planned, bool]]:
     for axis in FOLD:
         section = getattr(config.mesh, axis)
-        if axis != "dp" and section.degree == 1 and not section.strategy:
-            check(Options, section.options, prefix=f"mesh.{axis}", also=type(section).model_fields)
+        if axis != "dp" and section.degree == 1 and not (section.strategy or section.options):
             continue
         path = f"mesh.{axis}"
         try:

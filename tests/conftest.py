@@ -7,6 +7,10 @@ from sandbox.runtime import warm
 TIERS = {"unit", "parity"}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--draws", type=int, default=25, help="how many plans thorough/test_any_plan.py draws")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     without = [item.nodeid for item in items if len(TIERS & {mark.name for mark in item.iter_markers()}) != 1]
     if without:

@@ -1,10 +1,14 @@
 """Everything that `sandbox verify --all` runs: gradients, parameters, norms, bytes sent and bytes held."""
 
+from collections import Counter
+from itertools import combinations, product
+
 import pytest
 import world
 
 from sandbox.plan import engines, find, strategies
 from sandbox.verify import Case, Verdict, matrix
+from sandbox.verify.matrix import AXES, Way, ways
 
 CASES = list(matrix())
 
@@ -70,6 +74,34 @@ def test_the_matrix_tries_every_choice_of_every_option() -> None:
                         option,
                     )
             assert where != "dp" or any(axis.replicas == 2 for axis in mine)
+
+
+def uses(case: Case, way: Way) -> bool:
+    section = getattr(case.config.mesh, way.axis)
+    return case.config.engine == "native" and way.settings.items() <= section.model_dump().items()
+
+
+def active(case: Case) -> list[str]:
+    return [axis for axis in AXES if getattr(case.config.mesh, axis).degree > 1]
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("axes", [*combinations(AXES, 2)], ids=" ".join)
+def test_any_two_ways_of_two_axes_meet_alone_and_under_each_other_axis(axes: tuple[str, str]) -> None:
+    for one, other in product(*map(ways, axes)):
+        met = Counter(tuple(active(case)) for case in CASES if uses(case, one) and uses(case, other))
+        wanted = [set(axes), *({*axes, third} for third in AXES if third not in axes)]
+        assert all(any(set(found) == three for found in met) for three in wanted), (one.label, other.label)
+
+
+@pytest.mark.unit
+def test_the_matrix_goes_up_to_all_axes_and_replicas_on_32_ranks() -> None:
+    assert len(CASES) >= 300
+    largest = [case.config.mesh.degrees for case in CASES if case.config.mesh.world == 32]
+    assert largest
+    assert all(set(degrees.values()) == {2} for degrees in largest)
+    full = [case for case in CASES if len(active(case)) == len(AXES)]
+    assert all(any(uses(case, way) for case in full) for axis in AXES for way in ways(axis))
 
 
 @pytest.mark.unit

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from sandbox.errors import ConfigError, SandboxError
 from sandbox.report import html, words
+from sandbox.report.cases import groups
 from sandbox.report.hero import hero
 from sandbox.report.picture import pictures
 from sandbox.report.record import RunRecord
@@ -403,6 +404,14 @@ def test_the_page_holds_the_pictures_of_cases_on_most_ranks(tmp_path: Path) -> N
     page = (tmp_path / "page.html").read_text()
     assert page.count('class="picture"') == 1
     assert "blocks.0.norm1.weight [64]: all ranks" in page
+
+
+def test_of_many_compositions_those_of_as_many_axes_share_a_line() -> None:
+    few = [one(strategy=name, mesh="pp 2, dp 2") for name in ("pipeline + ddp", "pipeline + fsdp")]
+    assert [group.strategy for group in groups(few)] == ["pipeline + ddp", "pipeline + fsdp"]
+    many = [one(strategy=f"s{n} + t", mesh="pp 2, dp 2x2, tp 2" if n % 2 else "pp 2, dp 2") for n in range(30)]
+    found = groups([one(strategy="ddp", mesh="dp 2"), *many])
+    assert [(group.strategy, len(group.cases)) for group in found] == [("ddp", 1), ("2 axes", 15), ("3 axes", 15)]
 
 
 def test_importing_the_report_imports_no_drawing_library() -> None:

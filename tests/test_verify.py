@@ -14,7 +14,7 @@ from sandbox.config import Config, Mesh
 from sandbox.errors import ConfigError
 from sandbox.layout import Layout
 from sandbox.verdict import Difference
-from sandbox.verify import Case, Verdict, Verdicts, fixture
+from sandbox.verify import Case, Verdict, Verdicts, fixture, verifier
 from sandbox.verify import diagnose as diagnose_module
 from sandbox.verify.capture import Piece, Pieces
 from sandbox.verify.compare import Whole, assemble, differences, spread
@@ -401,3 +401,29 @@ def test_a_gradient_that_is_zero_in_exact_arithmetic_does_not_decide() -> None:
     assert verdict.status == "held", verdict.cause
     floored = [d.tensor for d in verdict.gradients if d.floored]
     assert floored == ["blocks.0.attention.k.bias"]
+
+
+@parity
+def test_verdicts_keep_the_order_of_the_cases_and_share_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    worlds: list[int] = []
+
+    def launch(world: int, *args: Any, **options: Any) -> list[Any]:
+        worlds.append(world)
+        return inner(world, *args, **options)
+
+    inner = verifier.launch
+    monkeypatch.setattr(verifier, "launch", launch)
+    cases = [alone("native", strategy, world, "") for strategy, world in (("zero1", 3), ("ddp", 2), ("tensor", 2))]
+    verdicts = list(verifier.Verifier().verify_all(cases))
+    assert [verdict.name for verdict in verdicts] == [case.config.name for case in cases]
+    assert {verdict.status for verdict in verdicts} == {"held"}
+    assert sorted(worlds) == [1, 2, 2, 3]
+
+
+@parity
+def test_a_step_without_a_target_holds() -> None:
+    """Two rows of one column: the first is hidden whole, and in some step of this seed the other one too."""
+    config = world.config("zero3", data={"sequence": 1}, train={"batch": 2, "microbatches": 1, "seed": 0})
+    verdict = world.verifier().verify(Case(config))
+    assert verdict.status == "held", verdict.cause
+    assert 0.0 in verdict.reference_losses

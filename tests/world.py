@@ -297,6 +297,15 @@ def steps_and_validation(member: Member, config: Config) -> tuple[list[tuple[flo
     return steps, [before, trainer.validate(), trainer.validate()]
 
 
+def losses(member: Member, config: Config) -> list[float]:
+    """On the held-out text, before and between steps; and of the steps, as each rank reports them."""
+    trainer = trainer_of(member, config)
+    found = [trainer.validate()]
+    for _ in range(2):
+        found += [trainer.train_step().loss, trainer.validate()]
+    return found
+
+
 def lifetimes(member: Member, config: Config, prepare: Prepare | None = None) -> dict[str, Any]:
     """Names of the units that are whole (or on their way) at every moment of a step that is of interest."""
     shards: list[units.Shard] = []

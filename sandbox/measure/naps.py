@@ -25,8 +25,9 @@ from sandbox.config import Config
 from sandbox.data import Corpus
 from sandbox.mesh import Mesh
 from sandbox.model import Transformer
+from sandbox.orders import LOOPED
 from sandbox.runtime import Member, launch
-from sandbox.schedules import LOOPED, Schedule, make
+from sandbox.schedules import Schedule, make
 from sandbox.trainer import Trainer
 
 __all__ = ["Found", "Naps", "idle", "measure", "sleep_instead"]

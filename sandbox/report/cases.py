@@ -11,6 +11,9 @@ __all__ = ["PARTS", "Group", "Held", "groups", "held", "representatives"]
 PARTS = ("parameters", "gradients", "optimizer", "activations")
 """What memory is for. Theory has nothing on the last: it is what the peak has beyond the others."""
 
+MANY = 20
+"""Strategies, alone and composed, of which each has a line of its own in a figure."""
+
 
 class Group(NamedTuple):
     """Cases of one strategy on one engine."""
@@ -28,11 +31,17 @@ class Held(NamedTuple):
 
 
 def groups(cases: Iterable[Verdict]) -> list[Group]:
-    """Strategies in the order of their first case, engines within."""
+    """Strategies in the order of their first case, engines within. Of many compositions, those of as many axes."""
     cases = list(cases)
+    many = len({case.strategy for case in cases}) > MANY
+
+    def name(case: Verdict) -> str:
+        axes = case.mesh.count(", ") + 1
+        return f"{axes} axes" if many and axes > 1 else case.strategy
+
     engines = dict.fromkeys(case.engine for case in cases)
-    keys = [(strategy, engine) for strategy in dict.fromkeys(case.strategy for case in cases) for engine in engines]
-    found = [Group(*key, [case for case in cases if (case.strategy, case.engine) == key]) for key in keys]
+    keys = [(strategy, engine) for strategy in dict.fromkeys(map(name, cases)) for engine in engines]
+    found = [Group(*key, [case for case in cases if (name(case), case.engine) == key]) for key in keys]
     return [group for group in found if group.cases]
 
 

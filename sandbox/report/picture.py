@@ -8,6 +8,7 @@ from torch import Tensor
 from sandbox.config import Config, Options
 from sandbox.mesh import Mesh
 from sandbox.model import build
+from sandbox.orders import LOOPED
 from sandbox.plan import layouts, name_of, plan, predict
 from sandbox.report.cases import representatives
 from sandbox.report.columns import exchange, scores, strips, travel
@@ -15,7 +16,7 @@ from sandbox.report.schedule import WIDEST, gantt, legend
 from sandbox.report.svg import RANKS, Drawing, stack
 from sandbox.report.tensors import Box, Drawn, Held, boxes, held, tensors
 from sandbox.report.words import size
-from sandbox.schedules import LOOPED, SCHEDULES, finish_times, make
+from sandbox.schedules import SCHEDULES, finish_times, make
 from sandbox.verdict import Verdict
 
 __all__ = ["gallery", "picture", "pictures"]

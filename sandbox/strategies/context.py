@@ -78,7 +78,7 @@ def check(config: Config, options: Options) -> None:
     if options.kind == "ulysses" and config.mesh.tp.degree == 1 and heads % degree:
         fit = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise ConfigError(
-            f"mesh.cp.degree {degree} does not divide the {heads} heads (model.heads), as kind ulysses needs. "
+            f"mesh.cp.degree {degree} does not divide model.heads {heads}, as kind ulysses needs. "
             f"Degrees that do: {fit}. With kind ring or gather any degree will do."
         )
 

@@ -98,9 +98,9 @@ def times(part: range, width: int) -> range:
 def check(config: Config, options: Options) -> None:
     """Every rank needs something of everything that is cut."""
     degree, cp, model = config.mesh.tp.degree, config.mesh.cp, config.model
-    least = {"model.heads": model.heads, "the MLP's width": model.mlp_hidden, "the vocabulary": model.padded_vocab}
+    least = {"model.heads": model.heads, "model.hidden": model.mlp_hidden, "model.vocab": model.padded_vocab}
     if options.sequence:
-        least["data.sequence / mesh.cp.degree"] = config.data.sequence // config.mesh.cp.degree
+        least["data.sequence / mesh.cp.degree"] = max(1, config.data.sequence // cp.degree)
     for name, size in least.items():
         if degree > size:
             raise ConfigError(f"mesh.tp.degree {degree} is more than {name} {size}. Degrees that do: 1 to {size}.")

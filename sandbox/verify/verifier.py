@@ -11,9 +11,11 @@ drift apart is the noise of the training itself:
 
 import functools
 import math
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,10 +83,19 @@ def fixture(config: Config, dtype: str | None = "float64") -> Config:
 
 
 class Verifier:
-    """Verifies cases, one after the other. A reference is run once for all cases that share its training."""
+    """Verifies cases. A reference is run once for all cases that share its training."""
 
     def __init__(self) -> None:
         self._references: dict[str, Reference] = {}
+        self._lock = threading.Lock()  # of the references
+
+    def verify_all(self, cases: Iterable[Case]) -> Iterator[Verdict]:
+        """Verdicts in the order of the cases. Two are under way at a time: one computes, one starts or is judged."""
+        pool = ThreadPoolExecutor(2)
+        try:
+            yield from pool.map(self.verify, cases)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def verify(self, case: Case) -> Verdict:
         """Hold one case against its reference. Never raises for what the case itself does wrong."""
@@ -115,10 +126,11 @@ class Verifier:
     def reference(self, config: Config) -> Reference:
         """The unsharded run of a training, from memory if it was run before."""
         key = config.reference().model_copy(update={"name": "", "run": type(config.run)()}).model_dump_json()
-        if key not in self._references:
-            runs, rows = launch(1, _reference_runs, config.reference(), timeout=config.run.timeout)[0]
-            self._references[key] = _reference(runs, rows, config.train.dtype)
-        return self._references[key]
+        with self._lock:
+            if key not in self._references:
+                runs, rows = launch(1, _reference_runs, config.reference(), timeout=config.run.timeout)[0]
+                self._references[key] = _reference(runs, rows, config.train.dtype)
+            return self._references[key]
 
     def _judge(self, verdict: Verdict, config: Config, reference: Reference, ranks: list[Capture]) -> None:
         steps = range(config.train.steps)
@@ -128,7 +140,7 @@ class Verifier:
             config=config,
             tolerance=reference.tolerance,
             losses=[abs(a - b) / max(abs(b), 1e-300) for a, b in zip(losses, expected, strict=True)],
-            norms=[_furthest([r.norms[s] / reference.run.norms[s] for r in ranks]) for s in steps],
+            norms=[_furthest([_ratio(r.norms[s], reference.run.norms[s]) for r in ranks]) for s in steps],
             rates=[_furthest([r.rates[s] / reference.run.rates[s] for r in ranks]) for s in steps],
             gradients=[
                 differences(assemble([r.gradients[s] for r in ranks]), reference.gradients[s], reference.floors[s])
@@ -217,6 +229,13 @@ def _larger(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, f
 def _largest(errors: Sequence[float]) -> float:
     """Like max, but not a number is larger than all numbers."""
     return max(errors, key=lambda error: float("inf") if math.isnan(error) else error)
+
+
+def _ratio(found: float, expected: float) -> float:
+    """A gradient is zero, and its norm, if a step has no target: then zero is right."""
+    if not expected:
+        return math.inf if found else 1.0
+    return found / expected
 
 
 def _furthest(ratios: Sequence[float]) -> float:

@@ -1,27 +1,12 @@
 """What launched ranks do in test_pipeline.py. Imports of pytest stay outside."""
 
-import torch
+from dataclasses import replace
+
+from world import trainer_of
 
 from sandbox.config import Config
-from sandbox.data import Corpus
-from sandbox.mesh import Mesh
 from sandbox.runtime import Member
 from sandbox.strategies.pipeline import Pipeline
-from sandbox.trainer import Trainer
-
-
-def trainer_of(member: Member, config: Config) -> Trainer:
-    mesh = Mesh(config.mesh.degrees, member.rank, "cpu")
-    return Trainer(config, mesh, torch.device("cpu"), Corpus.load(config.data, config.model.vocab))
-
-
-def losses(member: Member, config: Config) -> list[float]:
-    """On the held-out text, before and between steps; and of the steps, as each rank reports them."""
-    trainer = trainer_of(member, config)
-    found = [trainer.validate()]
-    for _ in range(2):
-        found += [trainer.train_step().loss, trainer.validate()]
-    return found
 
 
 def live(member: Member, config: Config) -> float:
@@ -60,8 +45,6 @@ def reports(member: Member, config: Config) -> list[tuple[str, int]]:
         inner(name)
 
     pipeline.mail.ask = count
-    from dataclasses import replace
-
     trainer.program = replace(trainer.program, grad_ready=note)
     trainer.train_step()
     return found

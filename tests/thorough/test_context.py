@@ -1,34 +1,31 @@
 """Context parallelism: its arithmetic against plain attention in one process, then worlds against the unsharded run."""
 
-import functools
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import context_work
 import pytest
 import torch
+import world
 from torch import Tensor
 
 from sandbox import blockwise
 from sandbox.batch import Batch
 from sandbox.blockwise import Backward, Forward, Share
-from sandbox.config import Config, Data, Model
-from sandbox.errors import ConfigError
+from sandbox.config import Data, Model
 from sandbox.mesh import Mesh
 from sandbox.model import attend, build, visible
-from sandbox.plan import find, plan, predict
+from sandbox.plan import find, predict
 from sandbox.predict import Prediction
-from sandbox.runtime import launch, warm
-from sandbox.verify import Case, Verdict, Verifier
-from sandbox.verify.faults import FAULTS, Fault
+from sandbox.runtime import launch
+from sandbox.verify import Case, Verdict
+from sandbox.verify.faults import FAULTS
 from sandbox.verify.matrix import case
 
 context = importlib.import_module("sandbox.strategies.context")
 
 UNIT, PARITY = pytest.mark.unit, pytest.mark.parity
-EXACT = 1e-12
 ORDERS = ("zigzag", "contiguous")
 
 
@@ -200,45 +197,6 @@ def test_each_rank_gets_the_keys_of_its_queries(
     assert [(span.start, span.stop) for span in context.head_spans(heads, groups, ranks)] == expected
 
 
-# What is refused
-
-
-@UNIT
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        (
-            {"mesh": {"cp": {"degree": 8}}, "data": {"sequence": 6}},
-            "data.sequence 6 leaves a rank without a column: mesh.cp.degree is 8. "
-            "Set data.sequence: 8, or mesh.cp.degree: 6.",
-        ),
-        (
-            {"mesh": {"cp": {"degree": 3, "kind": "ulysses"}}},
-            "mesh.cp.degree 3 does not divide the 4 heads (model.heads), as kind ulysses needs. "
-            "Degrees that do: 1, 2, 4. With kind ring or gather any degree will do.",
-        ),
-        (
-            {"mesh": {"cp": {"degree": 2, "kind": "ulysses"}, "tp": {"degree": 3}}, "model": {"heads": 8}},
-            "mesh.cp.degree 2 does not divide the heads of each rank of tp, as mesh.cp.kind ulysses needs: of "
-            "model.heads 8 ranks have 3, 3, 2. Set mesh.cp.kind: ring, or mesh.tp.degree: 1 or 2 or 4.",
-        ),
-        (
-            {"mesh": {"cp": {"degree": 2, "kind": "ulysses"}, "tp": {"degree": 2}}, "model": {"heads": 2}},
-            "mesh.cp.degree 2 does not divide the heads of each rank of tp, as mesh.cp.kind ulysses needs: of "
-            "model.heads 2 ranks have 1, 1. Set mesh.cp.kind: ring, or mesh.tp.degree: 1.",
-        ),
-        (
-            {"mesh": {"cp": {"degree": 2, "order": "zickzack"}}},
-            "mesh.cp.order: 'zickzack' is not one of 'zigzag' or 'contiguous'.",
-        ),
-    ],
-)
-def test_what_cannot_be_is_refused_with_what_can(sections: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        plan(Config.model_validate(sections))
-    assert str(error.value) == message
-
-
 # Bytes
 
 
@@ -278,17 +236,11 @@ def test_bytes_by_hand(rank: int, options: dict[str, Any], dtype: str, expected:
 # Worlds
 
 
-@functools.cache
-def verifier() -> Verifier:
-    warm()
-    return Verifier()
-
-
 def held(config: Case) -> Verdict:
-    verdict = verifier().verify(config)
+    verdict = world.verifier().verify(config)
     assert verdict.status == "held", verdict.cause
     if config.config.train.dtype == "float64":
-        assert max(d.error for d in (*verdict.gradients, *verdict.parameters)) <= EXACT
+        assert max(d.error for d in (*verdict.gradients, *verdict.parameters)) <= world.EXACT
     for amount in (*verdict.traffic.values(), *verdict.memory.values()):
         assert amount.measured == amount.predicted
     return verdict
@@ -298,22 +250,11 @@ CP = {"ring": {"kind": "ring"}, "gather": {"kind": "gather"}, "ulysses": {"kind"
 
 
 @PARITY
-@pytest.mark.parametrize("dp", ["ddp", "zero1", "zero2", "zero3", "fsdp"])
-@pytest.mark.parametrize("kind", CP)
-def test_context_under_each_data_strategy_has_parity(kind: str, dp: str) -> None:
-    verdict = held(case("native", "", {"dp": {"degree": 2, "strategy": dp}, "cp": {"degree": 2, **CP[kind]}}))
-    assert any(key.endswith(" cp") for key in verdict.traffic), "its own"
-    assert any(key.endswith(" dp_shard x cp") for key in verdict.traffic), "and one reduction over both"
-
-
-@PARITY
 @pytest.mark.parametrize(
     ("kind", "mesh"),
     [
-        ("ring", {"cp": {"degree": 8}}),
         ("gather", {"cp": {"degree": 8, "order": "contiguous"}}),
         ("ring", {"cp": {"degree": 3, "order": "contiguous"}, "dp": {"degree": 2, "strategy": "zero3"}}),
-        ("ring", {"cp": {"degree": 2}, "dp": {"degree": 4, "replicas": 2, "strategy": "fsdp"}}),
         ("gather", {"cp": {"degree": 4}, "dp": {"degree": 2, "replicas": 2, "strategy": "zero2"}}),
         ("ulysses", {"cp": {"degree": 4}, "dp": {"degree": 2, "strategy": "zero1"}}),
     ],
@@ -323,10 +264,9 @@ def test_larger_worlds_have_parity(kind: str, mesh: dict[str, Any]) -> None:
 
 
 @PARITY
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", CP)
-def test_columns_that_do_not_divide_have_parity(kind: str, order: str) -> None:
-    held(case("native", "", {"cp": {"degree": 4, "order": order, **CP[kind]}}, data=Data(sequence=23)))
+def test_columns_that_do_not_divide_have_parity(kind: str) -> None:
+    held(case("native", "", {"cp": {"degree": 4, "order": "contiguous", **CP[kind]}}, data=Data(sequence=23)))
 
 
 @pytest.fixture(scope="session")
@@ -340,13 +280,10 @@ def short_documents(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...
 
 
 @PARITY
-@pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", CP)
-def test_many_documents_in_a_row_have_parity(
-    kind: str, order: str, layout: Any, short_documents: tuple[Path, ...]
-) -> None:
-    data = Data(sequence=24, layout=layout, files=short_documents)
+def test_many_documents_in_a_row_have_parity(kind: str, order: str, short_documents: tuple[Path, ...]) -> None:
+    data = Data(sequence=24, files=short_documents)
     held(case("native", "", {"cp": {"degree": 2, "order": order, **CP[kind]}}, data=data))
 
 
@@ -380,11 +317,10 @@ def test_bfloat16_has_parity_within_its_noise(kind: str) -> None:
 @pytest.mark.parametrize("kind", CP)
 def test_all_ranks_report_the_loss_of_the_whole_batch(kind: str) -> None:
     """In training and in validation, which must leave the next step alone."""
-    warm()
     config = case("native", "", {"dp": {"degree": 2, "strategy": "zero3"}, "cp": {"degree": 2, **CP[kind]}}).config
-    alone = launch(1, context_work.losses, config.reference(), timeout=60)[0]
-    for rank in launch(4, context_work.losses, config, timeout=60):
-        assert rank == pytest.approx(alone, rel=EXACT)
+    alone = launch(1, world.losses, config.reference(), timeout=60)[0]
+    for rank in launch(4, world.losses, config, timeout=60):
+        assert rank == pytest.approx(alone, rel=world.EXACT)
 
 
 @UNIT
@@ -406,11 +342,3 @@ MINE = [fault for fault in FAULTS.values() if fault.strategy >= "context"]
 @UNIT
 def test_the_catalogue_of_context_is_planted() -> None:
     assert {fault.number for fault in MINE} >= {6, 49, 50, 51, 52, 53, 54}
-
-
-@PARITY
-@pytest.mark.parametrize("fault", MINE, ids=lambda fault: fault.name)
-def test_a_planted_bug_is_caught_and_its_twin_holds(fault: Fault) -> None:
-    sick = verifier().verify(fault.sick())
-    assert fault.caught(sick), f"{sick.status}: {sick.cause}"
-    held(fault.clean())

@@ -9,7 +9,6 @@ import world
 from world import EXACT, NATIVE
 
 from sandbox.runtime import launch
-from sandbox.verify import Case, fixture
 
 pytestmark = pytest.mark.parity
 
@@ -137,10 +136,3 @@ def test_all_ranks_report_the_loss_of_the_whole_batch(
         assert rank[0] == [pytest.approx(step, rel=EXACT) for step in steps]
         assert rank[1] == pytest.approx(validation, rel=EXACT)
         assert rank == ranks[0]
-
-
-@STRATEGY
-def test_the_fixture_of_a_config_holds(strategy: str) -> None:
-    """What `sandbox verify` makes of a config, bytes and memory too."""
-    verdict = world.verifier().verify(Case(fixture(world.config(strategy))))
-    assert verdict.status == "held", verdict.cause

@@ -10,7 +10,7 @@ from sandbox.batch import Batch
 from sandbox.mail import Mail
 from sandbox.orders import Action
 from sandbox.program import Program
-from sandbox.stages import WeightsLater, completed
+from sandbox.stages import WeightsLater
 from sandbox.strategies import pipeline
 from sandbox.trainer import Trainer
 from sandbox.verify.faults.planting import change, clip_by_own_norm, fault, patch

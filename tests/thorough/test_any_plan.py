@@ -1,0 +1,193 @@
+"""Any model on any mesh either trains as one process does, or is refused before it starts by a message that helps.
+
+25 draws a chunk, each chunk with its own seed: `pytest tests/thorough/test_any_plan.py --draws 200` draws eight chunks.
+"""
+
+import re
+import types
+import typing
+from dataclasses import replace
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import torch
+import world
+import yaml
+from hypothesis import HealthCheck, Phase, event, given, seed, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sandbox import program
+from sandbox.config import Config, check
+from sandbox.errors import ConfigError, UnsupportedError
+from sandbox.mesh import Mesh
+from sandbox.model import build
+from sandbox.plan import USUAL, find, fold, plan, strategies
+from sandbox.verify import Case, fixture
+
+CHUNK = 25
+AXES = ("pp", "dp", "cp", "tp")
+DEGREES = [degrees for degrees in product(range(1, 9), repeat=len(AXES)) if 1 < prod(degrees) <= 8]
+DEGREES += 5 * [degrees for degrees in DEGREES if degrees.count(2) == 3]  # or three axes at once would be rare
+NAMES_A_FIELD = re.compile(r"\b(mesh|model|data|train)\.[a-z_.]+\b")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "chunk" in metafunc.fixturenames:
+        metafunc.parametrize("chunk", range(-(-metafunc.config.option.draws // CHUNK)))
+
+
+def values(annotation: Any) -> st.SearchStrategy[Any]:
+    """Of an option, by its type."""
+    if get_origin(annotation) is Literal:
+        return st.sampled_from(get_args(annotation))
+    if get_origin(annotation) in (types.UnionType, typing.Union):
+        return st.one_of(*(values(part) for part in get_args(annotation)))
+    kinds = {bool: st.booleans(), int: st.integers(1, 3), float: st.sampled_from([0.001, 0.01, 25.0])}
+    return kinds.get(annotation, st.none())
+
+
+def axis(name: str, degree: int) -> st.SearchStrategy[dict[str, Any]]:
+    """A section of the mesh: any strategy of the axis with any of its options."""
+    names = [found for found in strategies("native") if name == find("native", found).AXIS] if name == "dp" else []
+
+    def options(strategy: str) -> st.SearchStrategy[dict[str, Any]]:
+        fields = find("native", strategy).Options.model_fields
+        chosen = {option: values(field.annotation) for option, field in fields.items()}
+        replicas = {"replicas": st.sampled_from([1, 1, 2, 3])} if name == "dp" else {}
+        return st.fixed_dictionaries(
+            {"degree": st.just(degree), "strategy": st.just(strategy)}, optional={**chosen, **replicas}
+        )
+
+    return st.sampled_from(names or [USUAL[name]]).flatmap(options)
+
+
+MODEL = {
+    "layers": st.integers(1, 6),
+    "kv_heads": st.sampled_from([1, 1, 2, 2, 3, 4]),
+    "hidden": st.sampled_from([3, 11, 16, 20]),
+    "norm": st.sampled_from(["rms", "layer"]),
+    "mlp": st.sampled_from(["swiglu", "gelu"]),
+    "vocab_multiple": st.sampled_from([1, 7, 64]),
+    "dropout": st.sampled_from([0.0, 0.2]),
+    **dict.fromkeys(("bias", "tied", "rotary", "qk_norm"), st.booleans()),
+}
+DATA = {"sequence": st.integers(2, 20), "layout": st.sampled_from(["packed", "padded"])}
+TRAIN = {
+    "batch": st.sampled_from([2, 7, 13, 16, 24, 25]),
+    "microbatches": st.integers(1, 5),
+    "clip": st.sampled_from([None, 0.1]),
+    "seed": st.integers(0, 9),
+}
+
+
+@st.composite
+def trees(draw: st.DrawFn, files: tuple[str, ...]) -> dict[str, Any]:
+    """A config as one would write it."""
+    degrees = draw(st.sampled_from(DEGREES))
+    heads, width = draw(st.sampled_from([2, 4, 4, 6, 8])), draw(st.sampled_from([4, 4, 4, 5, 6]))
+    return {
+        "mesh": {name: draw(axis(name, degree)) for name, degree in zip(AXES, degrees, strict=True) if degree > 1},
+        "model": {"heads": heads, "width": heads * width, **draw(st.fixed_dictionaries({}, optional=MODEL))},
+        "data": {**draw(st.fixed_dictionaries(DATA)), "files": draw(st.sampled_from([(), files]))},
+        "train": draw(st.fixed_dictionaries({}, optional=TRAIN)),
+    }
+
+
+@pytest.fixture(scope="session")
+def short_documents(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Many to a row of a batch, of all lengths from 1 to beyond a row."""
+    folder = tmp_path_factory.mktemp("documents")
+    for number in range(200):
+        text = "".join(chr(97 + (number * place) % 26) for place in range(1 + number * 7 % 31))
+        Path(folder / f"{number:03}.txt").write_text(text)
+    return tuple(map(str, sorted(folder.iterdir())))
+
+
+DRAWN = settings(
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],  # a plan takes a second: the first that fails is printed as it is
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def accepted(tree: dict[str, Any]) -> Config | None:
+    """The config, if it is not refused; a refusal has to name a field."""
+    try:
+        config = check(Config, tree)
+        plan(config)
+    except (ConfigError, UnsupportedError) as error:
+        event("refused")
+        assert NAMES_A_FIELD.search(str(error)), error
+        return None
+    return fixture(config)
+
+
+@pytest.mark.parity
+@pytest.mark.timeout(900)
+def test_any_plan_holds_or_is_refused(chunk: int, short_documents: tuple[str, ...]) -> None:
+    @seed(chunk)
+    @settings(DRAWN, max_examples=CHUNK)
+    @given(trees(short_documents))
+    def holds_or_is_refused(tree: dict[str, Any]) -> None:
+        if (config := accepted(tree)) is None:
+            return
+        event(f"ran on {config.mesh.world}")
+        verdict = world.verifier().verify(Case(config))
+        written = yaml.safe_dump({**tree, "data": {**tree["data"], "files": len(tree["data"]["files"])}})
+        assert verdict.status == "held", f"{verdict.status}: {verdict.cause}\n{written}"
+
+    holds_or_is_refused()
+
+
+def counted(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+    """The squared norm of a made-up gradient: as all ranks add it up, on paper, and of the whole tensors."""
+    added: list[float] = []
+
+    def sum_on_paper(square: Tensor, *_: object) -> types.SimpleNamespace:
+        added.append(square.item())
+        return types.SimpleNamespace(wait=lambda: square)
+
+    monkeypatch.setattr(program, "all_reduce", sum_on_paper)
+    shapes = {name: p.shape for name, p in build(config.model, "float64").named_parameters()}
+    whole = {name: torch.rand(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    expected = sum(value.square().sum().item() for value in whole.values())
+    for rank in range(config.mesh.world):
+        made = fold(config, Mesh(config.mesh.degrees, rank), torch.device("cpu"))
+        for name, param in made.parameters.items():
+            param.grad = made.layout[name].take(whole[name]).clone()
+        alone = made.clip(made, None).item() ** 2
+        if not added:  # each rank has all of it, and asks nobody
+            return alone, expected
+    return sum(added), expected
+
+
+@pytest.mark.unit
+@given(trees(()))
+@settings(DRAWN, max_examples=60, derandomize=True)
+def test_the_norm_counts_every_element_once(tree: dict[str, Any]) -> None:
+    if config := accepted(tree):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            found, expected = counted(config, monkeypatch)
+        assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("blind", ["copy", "sharded"])
+def test_a_norm_that_counts_copies_is_seen(blind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another rank along tp or pp holds as well (keys and values, the tied weight, norms) would count twice."""
+    mesh = {"pp": {"degree": 2}, "tp": {"degree": 2}}
+    config = fixture(check(Config, {"mesh": mesh, "model": {"kv_heads": 1, "tied": True}}))
+    found, expected = counted(config, monkeypatch)
+    assert found == pytest.approx(expected, rel=1e-12)
+    counts = program._counts
+    if blind == "copy":
+        monkeypatch.setattr(program, "_counts", lambda layout, first: counts(replace(layout, copy=0), first))
+    else:
+        monkeypatch.setattr(program, "_counts", lambda layout, first: layout.copy == 0)
+    found, expected = counted(config, monkeypatch)
+    assert found > 1.001 * expected
