@@ -69,6 +69,12 @@ class Mesh:
         assert self.device_mesh is not None, "a mesh on paper, or of one rank, has no device mesh"
         return self.device_mesh[tuple(name for name in names if self.degrees[name] > 1)]
 
+    @property
+    def data_mesh(self) -> DeviceMesh:
+        """All ranks that see other rows, as one axis of torch's device mesh."""
+        part = self.submesh("dp_replicate", "dp_shard")
+        return part if part.ndim == 1 else part._flatten("dp")
+
     def _make(self, wide: tuple[str, ...], names: tuple[str, ...]) -> Axis:
         size = math.prod(self.degrees[name] for name in wide)
         rank = 0

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sandbox.batch import Batch
 from sandbox.comm import all_reduce
 from sandbox.config import Config, Train
-from sandbox.layout import Layout
+from sandbox.layout import Layout, local
 from sandbox.mesh import Mesh
 from sandbox.model import build, initial, loss_sum
 
@@ -165,7 +165,7 @@ def clip(program: Program, most: float | None, mesh: Mesh) -> Tensor:
     factor is that of `torch.nn.utils.clip_grad_norm_`.
     """
     first = {axis: mesh.axis(axis).rank == 0 for axis in mesh.degrees}
-    grads = {name: p.grad for name, p in program.parameters.items() if p.grad is not None}
+    grads = {name: local(p.grad) for name, p in program.parameters.items() if p.grad is not None}
     sharded = {axis for layout in program.layout.values() for axis in layout.sharded}
     counted = [grad for name, grad in grads.items() if not sharded or _counts(program.layout[name], first)]
     square = torch.zeros((), dtype=torch.float64)

@@ -20,7 +20,7 @@ Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parall
 """
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, cast
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from sandbox.batch import Batch
 from sandbox.comm import ring_bytes
 from sandbox.config import Config
 from sandbox.config import Options as Base
+from sandbox.engines.torch._dtensors import adopt, units
 from sandbox.mesh import Mesh
 from sandbox.predict import Prediction, bytes_of, state_copies
 from sandbox.program import Program, materialise, shard_rows
@@ -46,8 +47,10 @@ class Options(Base):
 
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
-    """Return `program` with its rows cut over dp and its gradients summed over dp x cp."""
-    axis = mesh.axis("dp_replicate", "dp_shard", "cp")
+    """Return `program` with its rows cut over dp and its gradients summed over dp."""
+    if mesh.axis("pp", "tp").size > 1:
+        return beside_others(program, mesh, options)
+    axis = mesh.data
     parameters = materialise(program)
     model = DistributedDataParallel(
         program.model,
@@ -74,11 +77,28 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     )
 
 
+def beside_others(program: Program, mesh: Mesh, options: Options) -> Program:
+    """`apply` for DTensors and for stages of a pipeline: torch's `replicate`."""
+    from torch.distributed._composable.replicate_with_fsdp import ReplicateModule, replicate
+
+    for module in units(program.model):
+        unit = cast(ReplicateModule, replicate(module, mesh=mesh.data_mesh))
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    adopted = adopt(program, mesh, program.layout)
+
+    def begin(final: bool) -> None:
+        program.begin(final)
+        if isinstance(adopted.model, ReplicateModule):  # else stages, of which the pipeline does it itself
+            adopted.model.set_requires_gradient_sync(final or options.sync == "each")
+
+    return replace(adopted, shard_batch=shard_rows(program, mesh), begin=begin)
+
+
 def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
     """Bytes sent in one step and held after it, by this rank."""
-    axis = mesh.axis("dp_replicate", "dp_shard", "cp")
-    whole = bytes_of(model.parameters())
-    rounds = config.train.microbatches if options.sync == "each" else 1
+    axis, whole = mesh.data, bytes_of(model.parameters())
+    rounds = config.passes if options.sync == "each" else 1
     return Prediction(
         traffic={f"all_reduce {axis.name}": rounds * ring_bytes(whole, axis.size)},
         memory={"parameters": whole, "gradients": whole, "optimizer": state_copies(config.train) * whole},

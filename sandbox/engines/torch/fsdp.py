@@ -23,22 +23,21 @@ for PREMUL_SUM, which gloo lacks, unless told to use sums only.
 Source: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", VLDB 2023, and its FSDP2.
 """
 
-import math
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from sandbox.comm import Axis, ring_bytes
 from sandbox.config import Config
 from sandbox.config import Options as Base
+from sandbox.engines.torch._dtensors import adopt, own_rows, stages_of, units
 from sandbox.errors import MeshError
-from sandbox.layout import Layout
 from sandbox.mesh import Mesh
 from sandbox.predict import Prediction, state_copies
-from sandbox.program import Program, make_optimizer, replace_parameters, shard_rows
+from sandbox.program import Program, shard_rows
 
 AXIS = "dp"
 
@@ -54,53 +53,37 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` with all its state in DTensors cut over dp_shard, and parameters gathered on use."""
     # Here, for it takes 1.5 s, and predictions can do without.
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    axis = shard_axis(mesh)
-    model = program.model
+    axis, model, stages = shard_axis(mesh), program.model, stages_of(program.model)
     bf16 = program.config.train.dtype == "bfloat16"
-    for module in [*model.get_submodule("blocks").children(), model]:
+    pipelined = mesh.axis("pp").size > 1
+    for module in units(model):
+        whole = False if pipelined else None if module is model else options.reshard_after_forward  # None: torch decides
         unit = fully_shard(
             module,
             mesh=mesh.submesh("dp_replicate", "dp_shard"),
-            reshard_after_forward=None if module is model else options.reshard_after_forward,  # None: torch decides
+            reshard_after_forward=whole,
             mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy(),
         )
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
-    assert isinstance(model, FSDPModule)
-    parameters, layout = dict[str, nn.Parameter](), dict[str, Layout]()
-    for name, meta in model.named_parameters():
-        assert isinstance(meta, DTensor)
-        size, offset = compute_local_shape_and_global_offset(meta.shape, meta.device_mesh, meta.placements)
-        layout[name] = program.layout[name].cut(0, offset[0], offset[0] + size[0], axis.names)
-        piece = layout[name].take(program.initial(name)).clone()  # one parameter whole at a time
-        parameters[name] = nn.Parameter(
-            DTensor.from_local(piece, meta.device_mesh, meta.placements, shape=meta.shape, stride=meta.stride())
-        )
-    replace_parameters(model, parameters)  # `to_empty` would untie tied weights
+    layout = dict(program.layout)
+    for name in layout:
+        size, offset = compute_local_shape_and_global_offset(layout[name].size, mesh.submesh("dp_shard"), (Shard(0),))
+        layout[name] = layout[name].cut(0, offset[0], offset[0] + size[0], axis.names)
 
     def begin(final: bool) -> None:
         program.begin(final)
-        model.set_requires_gradient_sync(final or options.sync == "each")
-        model.set_requires_all_reduce(final)
-        model.set_reshard_after_backward(final or options.reshard_after_forward)
+        for stage in () if pipelined else stages:  # a pipeline does it itself
+            assert isinstance(stage, FSDPModule)
+            stage.set_requires_gradient_sync(final or options.sync == "each")
+            stage.set_requires_all_reduce(final)
+            stage.set_reshard_after_backward(final or options.reshard_after_forward)
 
-    def clip(finished: Program, most: float | None) -> Tensor:
-        norm = nn.utils.clip_grad_norm_(finished.parameters.values(), math.inf if most is None else most)
-        assert isinstance(norm, DTensor)
-        return norm.full_tensor().double()
-
-    return replace(
-        program,
-        parameters=parameters,
-        layout=layout,
-        shard_batch=shard_rows(program, mesh),
-        begin=begin,
-        clip=clip,
-        make_optimizer=lambda finished: make_optimizer(finished, fused=program.config.train.optimizer == "adamw"),
-    )  # for DTensors torch has no fused SGD
+    adopted = adopt(program, mesh, layout)
+    return replace(adopted, shard_batch=shard_rows(program, mesh), begin=begin)
 
 
 def shard_axis(mesh: Mesh) -> Axis:
@@ -116,7 +99,7 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
     axis, replicate = shard_axis(mesh), mesh.axis("dp_replicate")
     item = next(model.parameters()).element_size()
     short = 2 if config.train.dtype == "bfloat16" else item  # what is gathered
-    passes = config.train.microbatches
+    passes, pipelined = config.passes, config.mesh.pp.degree > 1
     blocks = [list(block.parameters()) for block in model.get_submodule("blocks").children()]
     inside = {id(p) for block in blocks for p in block}
     root = [p for p in model.parameters() if id(p) not in inside]
@@ -124,7 +107,7 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
     replicas = 0.0
     for unit in (root, *blocks):
         part = sum(-(-p.shape[0] // axis.size) * p[0].numel() for p in unit)  # padded: ceil(D/n) rows
-        uses = passes * (1 if unit is root else 2) if options.reshard_after_forward else 1
+        uses = passes * (1 if unit is root else 2) if options.reshard_after_forward and not pipelined else 1
         gathered += uses * (axis.size - 1) * part * short
         scattered += (passes if options.sync == "each" else 1) * (axis.size - 1) * part * item
         replicas += ring_bytes(part * item, replicate.size)
@@ -138,9 +121,3 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
         },
         memory={"parameters": padded, "gradients": padded, "optimizer": state_copies(config.train) * held},
     )
-
-
-def own_rows(rows: int, ranks: int, rank: int) -> int:
-    """Rows of a chunk of `torch.chunk`: equal but for the last ones."""
-    chunk = -(-rows // ranks)
-    return max(0, min(chunk, rows - rank * chunk))
