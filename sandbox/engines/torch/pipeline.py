@@ -1,0 +1,253 @@
+"""torch.distributed.pipelining: a PipelineStage for each of the rank's stages, run by torch's own schedules.
+
+    tensor            before        in use         after backward
+    parameter W       W_pp          -              -              those of the rank's stages, whole
+    gradient  G       -             -              G_pp           summed over microbatches
+    hidden    X       -             X[b, S, D]     -              from stage to stage; its gradient on the way back
+    batch     B       B[M b, S]     B[b, S]        -              everywhere; the first reads tokens, the last targets
+
+Schedules, and torch's names of them; those with several stages a rank in a loop, or two in a V:
+
+    gpipe, 1f1b                                   GPipe, 1F1B
+    interleaved, breadth_first, interleaved_zb    Interleaved1F1B, LoopedBFS, InterleavedZeroBubble
+    zbv, dualpipe_v                               ZBVZeroBubble, DualPipeV
+
+Bytes sent by a rank in one step: X = M b S D elements over all microbatches for each border between a stage of its own
+and one of another rank: forward where its stage comes first, backward where it comes second. Buffers are made for the
+first microbatch, so all must have one size: those with a row less get one of padding, which has no target and whose
+loss is 0. Before the first step a stage runs once to learn its shapes, and hands them on. A tied embedding lies on the
+first and the last rank; torch leaves it to the user, so each sends the other its gradient, V D, after the step.
+Memory: parameters, gradients and optimizer state of the rank's stages, 1/P of the model.
+
+A loss is a sum, divided by all valid targets of the step, so gradients must not be scaled by 1/M, as torch does unless
+told not to (`scale_grads=False`): right only for means over microbatches with as many targets each.
+
+Under FSDP or `replicate` each stage is a root, and torch's stage reduces its gradients after its last microbatch; it
+keeps parameters whole until then. InterleavedZeroBubble, ZBVZeroBubble and DualPipeV take backward apart with
+`torch.autograd.grad`.
+
+Sources: as the native pipeline's; torch.distributed.pipelining.schedules.
+"""
+
+import copy
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from sandbox.batch import IGNORED, Batch
+from sandbox.comm import receive, send
+from sandbox.config import Config
+from sandbox.config import Options as Base
+from sandbox.engines.torch._dtensors import microbatch_rows, stages_of
+from sandbox.errors import ConfigError
+from sandbox.layout import local
+from sandbox.mesh import Mesh
+from sandbox.model import Transformer
+from sandbox.predict import Prediction, bytes_of, state_copies
+from sandbox.program import Program, materialise
+from sandbox.stages import Stage, cut, keep, shared_weight, view
+
+AXIS = "pp"
+
+Name = Literal["gpipe", "1f1b", "interleaved", "breadth_first", "interleaved_zb", "zbv", "dualpipe_v"]
+NAMES = {
+    "gpipe": "GPipe",
+    "1f1b": "1F1B",
+    "interleaved": "Interleaved1F1B",
+    "breadth_first": "LoopedBFS",
+    "interleaved_zb": "InterleavedZeroBubble",
+    "zbv": "ZBVZeroBubble",
+    "dualpipe_v": "DualPipeV",
+}
+LOOPED = ("interleaved", "breadth_first", "interleaved_zb")
+VS = ("zbv", "dualpipe_v")
+
+
+class Options(Base):
+    """Options of `pipeline`."""
+
+    schedule: Name = Field("1f1b", description="which rank does what when")
+    stages: int | None = Field(None, ge=1, description="stages on each rank; default: 2 if there can be several")
+    cut: Literal["layers", "parameters"] = Field(
+        "layers", description="stages of as many layers, embedding and head being one each; or of as many parameters"
+    )
+
+
+def check(config: Config, options: Options) -> None:
+    """Refuse what torch's schedules refuse, and more stages than there are parts."""
+    name, each, degree = options.schedule, _each(options), config.mesh.pp.degree
+    count, layers = config.train.microbatches, config.model.layers
+    if options.stages not in (None, each):
+        raise ConfigError(f"mesh.pp.stages {options.stages}: schedule {name} has {each} on each rank. Set it to {each}.")
+    if degree * each > layers + 2:
+        raise ConfigError(
+            f"mesh.pp.degree {degree} with {each} stage{'s' if each > 1 else ''} on each rank needs {degree * each} "
+            f"parts, but embedding, {layers} layers and head are {layers + 2}. Set model.layers: {degree * each - 2}."
+        )
+    rounds = max(1, count // degree)
+    if name in ("interleaved", "interleaved_zb") and count % rounds:
+        raise ConfigError(
+            f"train.microbatches {count}: torch's {NAMES[name]} runs them in {rounds} rounds of equal size over "
+            f"{degree} ranks. Set train.microbatches: {count - count % degree}."
+        )
+    if name == "dualpipe_v" and count < 2 * degree:
+        raise ConfigError(
+            f"train.microbatches {count}: torch's DualPipeV needs one for each of {2 * degree} stages. "
+            f"Set train.microbatches: {2 * degree}."
+        )
+
+
+def apply(program: Program, mesh: Mesh, options: Options) -> Program:
+    """Return `program` with this rank's stages, run by one of torch's schedules."""
+    axis, model = mesh.axis(AXIS), program.model
+    assert isinstance(model, Transformer)
+    homes, stages, tied = _plan(model, program.config, options)
+    mine = [number for number, home in enumerate(homes) if home == axis.rank]
+    keep(model, [stages[number] for number in mine])
+    names = [name for name, _ in model.named_parameters()]
+    pipeline = Pipeline(mesh, options, model, {number: stages[number] for number in mine}, homes)
+    ends = (homes[0], homes[-1])
+
+    def forward_backward(finished: Program, microbatches: list[Batch], valid: float) -> Tensor:
+        finished.begin(True)
+        loss = pipeline.run(finished, microbatches, valid)
+        finished.reduce_grads()
+        if tied and axis.rank in ends:
+            grad = local(finished.parameters[tied].grad)
+            other = sum(ends) - axis.rank
+            sending = send(grad, axis, other, 0)
+            theirs = receive(torch.empty_like(grad), axis, other, 0).wait()
+            sending.wait()
+            grad += theirs
+        return loss
+
+    def evaluate(finished: Program, batch: Batch) -> Tensor:
+        return pipeline.run(finished, batch.split_rows(program.config.train.microbatches), 1)
+
+    return replace(
+        program,
+        parameters={name: program.parameters[name] for name in names},
+        layout={
+            name: replace(
+                program.layout[name],
+                sharded=(*program.layout[name].sharded, *axis.names),
+                copy=int(name == tied and axis.rank == ends[1]),
+            )
+            for name in names
+        },
+        forward_backward=forward_backward,
+        evaluate=evaluate,
+    )
+
+
+class Pipeline:
+    """The stages of a rank as torch's pipelining wants them, and its schedules, one for each number of rows."""
+
+    def __init__(self, mesh: Mesh, options: Options, model: Transformer, stages: dict[int, Stage], homes: list[int]) -> None:
+        self.axis, self.options, self.homes = mesh.axis(AXIS), options, homes
+        self.numbers = list(stages)
+        self.views: list[nn.Module] = [self._view(model, stage) for stage in stages.values()]
+        model.stages = self.views  # type: ignore[assignment]  # where strategies that wrap stages find them
+        self.schedules: dict[tuple[int, bool], Any] = {}
+
+    def run(self, program: Program, batches: list[Batch], valid: float) -> Tensor:
+        """Run the schedule over microbatches -> this rank's share of the loss: where the last stage is all, or 0."""
+        rows = max(len(batch.rows) for batch in batches)
+        self.program, self.valid = program, valid
+        self.batches = [filled(batch, rows) for batch in batches]
+        training = torch.is_grad_enabled()
+        if (rows, training) not in self.schedules:
+            self.schedules[rows, training] = self._schedule(len(batches))
+        schedule = self.schedules[rows, training]
+        losses: list[Tensor] = []
+        number = torch.arange(len(batches))  # all that torch has to cut into microbatches
+        first, last = (self.homes[end] == self.axis.rank for end in (0, -1))
+        given = (number,) if first else ()
+        target = number if last else None
+        if training:
+            schedule.step(*given, number=number, target=target, losses=losses, return_outputs=False)
+        else:
+            schedule.eval(*given, number=number, target=target, losses=losses)
+        total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
+        for loss in losses:
+            total += loss.detach()
+        return total
+
+    def _view(self, model: Transformer, stage: Stage) -> nn.Module:
+        part = view(model, stage)
+        for name, value in vars(part).items():
+            if name.endswith("hooks") or "hooks_" in name:
+                setattr(part, name, copy.copy(value))  # its own, for whoever wraps it hooks into it
+        first = "embed" in stage
+
+        def give(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            batch = self.batches[int(kwargs["number"])]
+            return ((batch,) if first else (batch, *args)), {}
+
+        part.register_forward_pre_hook(give, with_kwargs=True)
+        return part
+
+    def _schedule(self, microbatches: int) -> Any:
+        from torch.distributed.pipelining import PipelineStage
+        from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+
+        device = self.batches[0].tokens.device
+        stages = [
+            PipelineStage(part, number, len(self.homes), device, group=self.axis.group)
+            for number, part in zip(self.numbers, self.views, strict=True)
+        ]
+        kind = get_schedule_class(NAMES[self.options.schedule])
+        what: Any = stages[0] if issubclass(kind, PipelineScheduleSingle) else stages
+        return kind(what, microbatches, loss_fn=self._loss, scale_grads=False)
+
+    def _loss(self, logits: Tensor, number: Tensor) -> Tensor:
+        return self.program.loss(logits, self.batches[int(number)].targets) / self.valid
+
+
+def filled(batch: Batch, rows: int) -> Batch:
+    """The batch with its last row repeated up to `rows` rows, without targets."""
+    count = len(batch.rows)
+    if count == rows:
+        return batch
+    padded = batch.take_rows(torch.arange(rows).clamp(max=count - 1))
+    targets = padded.targets.clone()
+    targets[count:] = IGNORED
+    return replace(padded, targets=targets)
+
+
+def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
+    """Bytes sent in one step and held after it, by this rank; cuts `model` down to its stages."""
+    axis = mesh.axis(AXIS)
+    assert isinstance(model, Transformer)
+    homes, stages, tied = _plan(model, config, options)
+    item, own = model.dtype.itemsize, next(model.parameters()).element_size()
+    mine = [number for number, home in enumerate(homes) if home == axis.rank]
+    keep(model, [stages[number] for number in mine])
+    neighbours = [number + way for number in mine for way in (-1, 1)]
+    borders = sum(0 <= number < len(homes) and homes[number] != axis.rank for number in neighbours)
+    tp = mesh.axis("tp").size if config.mesh.tp.options.get("sequence") else 1
+    sent = borders * sum(microbatch_rows(mesh, config)) * config.data.sequence // tp * config.model.width * item
+    if tied and axis.rank in (homes[0], homes[-1]):
+        sent += 0
+    whole = bytes_of(model.parameters())
+    memory = {"parameters": whole, "gradients": whole, "optimizer": state_copies(config.train) * whole}
+    return Prediction({f"send {axis.name}": sent}, memory)
+
+
+def _plan(model: Transformer, config: Config, options: Options) -> tuple[list[int], list[Stage], str | None]:
+    """The rank of each stage, the stages, and the name of a weight that two ranks hold."""
+    degree = config.mesh.pp.degree
+    total = degree * _each(options)
+    homes = [min(s, total - 1 - s) for s in range(total)] if options.schedule in VS else [s % degree for s in range(total)]
+    tied = shared_weight(model) if homes[0] != homes[-1] else None
+    return homes, cut(model, total, options.cut), tied
+
+
+def _each(options: Options) -> int:
+    """Stages on each rank."""
+    if options.schedule in LOOPED:
+        return options.stages or 2
+    return 2 if options.schedule in VS else 1
