@@ -3,16 +3,18 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import cast
 
 from torch import Tensor, nn
 
 from sandbox.config import Config
 from sandbox.layout import Layout
 from sandbox.mesh import Mesh
+from sandbox.model import Transformer
 from sandbox.partition import even
 from sandbox.program import Program, make_optimizer, replace_parameters
 
-__all__ = ["adopt", "microbatch_rows", "own_rows", "reductions", "stages_of", "units"]
+__all__ = ["adopt", "microbatch_rows", "own_rows", "reductions", "retie", "stages_of", "units"]
 
 
 def adopt(program: Program, mesh: Mesh, layout: Mapping[str, Layout]) -> Program:
@@ -28,6 +30,7 @@ def adopt(program: Program, mesh: Mesh, layout: Mapping[str, Layout]) -> Program
         assert isinstance(norm, DTensor)
         return norm.full_tensor().double()
 
+    retie(program)
     alone = mesh.axis("pp", "tp").size == 1 or mesh.axis("tp").size == mesh.world
     parameters = dict[str, nn.Parameter]()
     for name, meta in program.model.named_parameters():
@@ -44,6 +47,13 @@ def adopt(program: Program, mesh: Mesh, layout: Mapping[str, Layout]) -> Program
         clip=clip if alone else program.clip,
         make_optimizer=lambda finished: make_optimizer(finished, fused=program.config.train.optimizer == "adamw"),
     )  # for DTensors torch has no fused SGD
+
+
+def retie(program: Program) -> None:
+    """Let embedding and head share their weight again, if they do: who cuts module by module gives each its own."""
+    model = program.model
+    if isinstance(model, Transformer) and model.head is not None and "head.weight" not in program.layout:
+        cast(nn.Embedding, model.embed).weight = model.head.weight
 
 
 def stages_of(model: nn.Module) -> list[nn.Module]:

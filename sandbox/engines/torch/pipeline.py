@@ -41,13 +41,13 @@ from sandbox.batch import IGNORED, Batch
 from sandbox.comm import receive, send
 from sandbox.config import Config
 from sandbox.config import Options as Base
-from sandbox.engines.torch._dtensors import microbatch_rows, stages_of
+from sandbox.engines.torch._dtensors import microbatch_rows, own_rows
 from sandbox.errors import ConfigError
 from sandbox.layout import local
 from sandbox.mesh import Mesh
 from sandbox.model import Transformer
 from sandbox.predict import Prediction, bytes_of, state_copies
-from sandbox.program import Program, materialise
+from sandbox.program import Program
 from sandbox.stages import Stage, cut, keep, shared_weight, view
 
 AXIS = "pp"
@@ -86,6 +86,11 @@ def check(config: Config, options: Options) -> None:
         raise ConfigError(
             f"mesh.pp.degree {degree} with {each} stage{'s' if each > 1 else ''} on each rank needs {degree * each} "
             f"parts, but embedding, {layers} layers and head are {layers + 2}. Set model.layers: {degree * each - 2}."
+        )
+    if config.model.tied and name in VS and config.mesh.dp.degree > 1:
+        raise ConfigError(
+            f"model.tied: schedule {name} has embedding and head on one rank, as two stages, and torch's FSDP and "
+            "replicate, which take each stage as a root, cannot share a weight of two roots. Set mesh.pp.schedule: 1f1b."
         )
     rounds = max(1, count // degree)
     if name in ("interleaved", "interleaved_zb") and count % rounds:
@@ -228,10 +233,14 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
     keep(model, [stages[number] for number in mine])
     neighbours = [number + way for number in mine for way in (-1, 1)]
     borders = sum(0 <= number < len(homes) and homes[number] != axis.rank for number in neighbours)
-    tp = mesh.axis("tp").size if config.mesh.tp.options.get("sequence") else 1
-    sent = borders * sum(microbatch_rows(mesh, config)) * config.data.sequence // tp * config.model.width * item
+    tp, shard = mesh.axis("tp"), mesh.axis("dp_shard")
+    columns = config.data.sequence // (tp.size if config.mesh.tp.options.get("sequence") else 1)
+    sent = borders * sum(microbatch_rows(mesh, config)) * columns * config.model.width * item
     if tied and axis.rank in (homes[0], homes[-1]):
-        sent += 0
+        words = own_rows(config.model.padded_vocab, tp.size, tp.rank)
+        if config.mesh.dp.strategy == "fsdp":
+            words = own_rows(words, shard.size, shard.rank)
+        sent += words * config.model.width * own
     whole = bytes_of(model.parameters())
     memory = {"parameters": whole, "gradients": whole, "optimizer": state_copies(config.train) * whole}
     return Prediction({f"send {axis.name}": sent}, memory)

@@ -40,14 +40,13 @@ from sandbox.batch import Batch
 from sandbox.comm import Axis, ring_bytes
 from sandbox.config import Config
 from sandbox.config import Options as Base
-from sandbox.engines.torch._dtensors import adopt, microbatch_rows, own_rows, reductions
+from sandbox.engines.torch._dtensors import adopt, microbatch_rows, own_rows, reductions, retie
 from sandbox.errors import ConfigError
 from sandbox.mesh import Mesh
 from sandbox.model import Block, Transformer
 from sandbox.model.dropout import Dropout
 from sandbox.predict import Prediction, bytes_of, state_copies
 from sandbox.program import Program, replace_parameters
-from sandbox.stages import shared_weight
 
 AXIS = "tp"
 
@@ -85,10 +84,8 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
 
     axis, model, device_mesh = mesh.axis(AXIS), program.model, mesh.submesh(AXIS)
     assert isinstance(model, Transformer)
-    tied = shared_weight(model) is not None
     parallelize_module(model, device_mesh, styles(model, options), src_data_rank=None)
-    if tied:
-        cast(nn.Linear, model.head).weight = cast(nn.Embedding, model.embed).weight
+    retie(program)
     for module in model.modules():
         if any(not isinstance(param, DTensor) for param in module.parameters(recurse=False)):
             distribute_module(
