@@ -98,10 +98,11 @@ def check(config: Config, options: Options) -> None:
             f"train.microbatches {count}: torch's {NAMES[name]} runs them in {rounds} rounds of equal size over "
             f"{degree} ranks. Set train.microbatches: {count - count % degree}."
         )
-    if name == "dualpipe_v" and count < 2 * degree:
+    least = {"1f1b": degree, "dualpipe_v": 2 * degree}.get(name, 1)
+    if count < least:
         raise ConfigError(
-            f"train.microbatches {count}: torch's DualPipeV needs one for each of {2 * degree} stages. "
-            f"Set train.microbatches: {2 * degree}."
+            f"train.microbatches {count}: torch's {NAMES[name]} needs one for each of {least} stages. "
+            f"Set train.microbatches: {least}, or mesh.pp.schedule: gpipe."
         )
 
 

@@ -27,6 +27,7 @@ from torch import nn
 
 from sandbox.config import Config
 from sandbox.engines.torch import ddp
+from sandbox.errors import ConfigError
 from sandbox.mesh import Mesh
 from sandbox.predict import Prediction, state_copies
 from sandbox.program import Program
@@ -38,6 +39,15 @@ class Options(ddp.Options):
     """Options of `zero1`."""
 
     parameters_as_bucket_view: bool = Field(True, description="one broadcast an owner, not one a parameter")
+
+
+def check(config: Config, options: Options) -> None:
+    """Refuse DTensors, which `replicate` makes of parameters (ddp.py): what is broadcast are plain ones."""
+    if others := [axis for axis in ("pp", "tp") if getattr(config.mesh, axis).degree > 1]:
+        raise ConfigError(
+            f"mesh.{others[0]}: torch's ZeroRedundancyOptimizer broadcasts plain tensors, not the DTensors of other axes. "
+            "Set mesh.dp.strategy: fsdp, or ddp."
+        )
 
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
