@@ -1,4 +1,4 @@
-"""What those strategies of this engine share whose parameters are torch's DTensors, or which run stages of a pipeline."""
+"""What strategies of this engine share whose parameters are torch's DTensors, or that a pipeline's stages run."""
 
 import math
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ __all__ = ["adopt", "microbatch_rows", "own_rows", "reductions", "retie", "stage
 
 
 def adopt(program: Program, mesh: Mesh, layout: Mapping[str, Layout]) -> Program:
-    """Return `program` with a value for every parameter of its model, DTensors without one, and what follows from that.
+    """Return `program` with a value for every parameter of its model, all DTensors, and what follows from that.
 
-    The norm is torch's own, if one axis is all there is. Over two it sums one after the other, tensor by tensor, and over
-    the stages of a pipeline it has none: there ours asks each layout instead.
+    The norm is torch's own, if one axis is all there is. Over two it sums one after the other, tensor by tensor, and
+    over the stages of a pipeline it has none: there ours asks each layout instead.
     """
     from torch.distributed.tensor import DTensor
 
@@ -57,15 +57,13 @@ def retie(program: Program) -> None:
 
 
 def stages_of(model: nn.Module) -> list[nn.Module]:
-    """The stages of a pipeline that the model of this rank is run by: the list to wrap them in. Else the model alone."""
+    """What a data strategy wraps: the stages that a pipeline cut this rank's model into, or the model."""
     return getattr(model, "stages", [model])
 
 
 def units(model: nn.Module) -> list[nn.Module]:
     """What FSDP gathers, and reduces, at a time: each block, and what is left of the model or of each stage."""
-    return [
-        module for stage in stages_of(model) for module in (*stage.get_submodule("blocks").children(), stage)
-    ]
+    return [module for stage in stages_of(model) for module in (*stage.get_submodule("blocks").children(), stage)]
 
 
 def microbatch_rows(mesh: Mesh, config: Config) -> list[int]:

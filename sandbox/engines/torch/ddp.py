@@ -20,7 +20,7 @@ Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parall
 """
 
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ def beside_others(program: Program, mesh: Mesh, options: Options) -> Program:
     from torch.distributed._composable.replicate_with_fsdp import ReplicateModule, replicate
 
     for module in units(program.model):
-        unit = cast(ReplicateModule, replicate(module, mesh=mesh.data_mesh))
+        unit = replicate(module, mesh=mesh.data_mesh)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     adopted = adopt(program, mesh, program.layout)

@@ -59,20 +59,20 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     axis, model, stages = shard_axis(mesh), program.model, stages_of(program.model)
     bf16 = program.config.train.dtype == "bfloat16"
     pipelined = mesh.axis("pp").size > 1
+    free = options.reshard_after_forward and not pipelined
     for module in units(model):
-        whole = False if pipelined else None if module is model else options.reshard_after_forward  # None: torch decides
         unit = fully_shard(
             module,
             mesh=mesh.submesh("dp_replicate", "dp_shard"),
-            reshard_after_forward=whole,
+            reshard_after_forward=None if module is model else free,  # None: torch decides
             mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy(),
         )
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
-    layout = dict(program.layout)
-    for name in layout:
-        size, offset = compute_local_shape_and_global_offset(layout[name].size, mesh.submesh("dp_shard"), (Shard(0),))
-        layout[name] = layout[name].cut(0, offset[0], offset[0] + size[0], axis.names)
+    layout = {}
+    for name, box in program.layout.items():
+        size, offset = compute_local_shape_and_global_offset(box.size, mesh.submesh("dp_shard"), (Shard(0),))
+        layout[name] = box.cut(0, offset[0], offset[0] + size[0], axis.names)
 
     def begin(final: bool) -> None:
         program.begin(final)

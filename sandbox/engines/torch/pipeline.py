@@ -38,7 +38,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sandbox.batch import IGNORED, Batch
-from sandbox.comm import receive, send
+from sandbox.comm import Axis, receive, send
 from sandbox.config import Config
 from sandbox.config import Options as Base
 from sandbox.engines.torch._dtensors import microbatch_rows, own_rows
@@ -81,7 +81,9 @@ def check(config: Config, options: Options) -> None:
     name, each, degree = options.schedule, _each(options), config.mesh.pp.degree
     count, layers = config.train.microbatches, config.model.layers
     if options.stages not in (None, each):
-        raise ConfigError(f"mesh.pp.stages {options.stages}: schedule {name} has {each} on each rank. Set it to {each}.")
+        raise ConfigError(
+            f"mesh.pp.stages {options.stages}: schedule {name} has {each} on each rank. Set mesh.pp.stages: {each}."
+        )
     if degree * each > layers + 2:
         raise ConfigError(
             f"mesh.pp.degree {degree} with {each} stage{'s' if each > 1 else ''} on each rank needs {degree * each} "
@@ -89,8 +91,8 @@ def check(config: Config, options: Options) -> None:
         )
     if config.model.tied and name in VS and config.mesh.dp.degree > 1:
         raise ConfigError(
-            f"model.tied: schedule {name} has embedding and head on one rank, as two stages, and torch's FSDP and "
-            "replicate, which take each stage as a root, cannot share a weight of two roots. Set mesh.pp.schedule: 1f1b."
+            f"model.tied: schedule {name} has embedding and head on one rank, as two stages; torch's FSDP and "
+            "replicate take each stage as a root, and two roots cannot share a weight. Set mesh.pp.schedule: 1f1b."
         )
     rounds = max(1, count // degree)
     if name in ("interleaved", "interleaved_zb") and count % rounds:
@@ -122,12 +124,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
         loss = pipeline.run(finished, microbatches, valid)
         finished.reduce_grads()
         if tied and axis.rank in ends:
-            grad = local(finished.parameters[tied].grad)
-            other = sum(ends) - axis.rank
-            sending = send(grad, axis, other, 0)
-            theirs = receive(torch.empty_like(grad), axis, other, 0).wait()
-            sending.wait()
-            grad += theirs
+            add_gradients(finished.parameters[tied], axis, sum(ends) - axis.rank)
         return loss
 
     def evaluate(finished: Program, batch: Batch) -> Tensor:
@@ -149,10 +146,22 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     )
 
 
+def add_gradients(param: nn.Parameter, axis: Axis, other: int) -> None:
+    """Sum the gradient of a weight over the two ranks that hold it."""
+    assert param.grad is not None
+    grad = local(param.grad).contiguous()
+    sending = send(grad, axis, other, 0)
+    theirs = receive(torch.empty_like(grad), axis, other, 0).wait()
+    sending.wait()
+    local(param.grad).add_(theirs)
+
+
 class Pipeline:
     """The stages of a rank as torch's pipelining wants them, and its schedules, one for each number of rows."""
 
-    def __init__(self, mesh: Mesh, options: Options, model: Transformer, stages: dict[int, Stage], homes: list[int]) -> None:
+    def __init__(
+        self, mesh: Mesh, options: Options, model: Transformer, stages: dict[int, Stage], homes: list[int]
+    ) -> None:
         self.axis, self.options, self.homes = mesh.axis(AXIS), options, homes
         self.numbers = list(stages)
         self.views: list[nn.Module] = [self._view(model, stage) for stage in stages.values()]
@@ -251,7 +260,9 @@ def _plan(model: Transformer, config: Config, options: Options) -> tuple[list[in
     """The rank of each stage, the stages, and the name of a weight that two ranks hold."""
     degree = config.mesh.pp.degree
     total = degree * _each(options)
-    homes = [min(s, total - 1 - s) for s in range(total)] if options.schedule in VS else [s % degree for s in range(total)]
+    homes = (
+        [min(s, total - 1 - s) for s in range(total)] if options.schedule in VS else [s % degree for s in range(total)]
+    )
     tied = shared_weight(model) if homes[0] != homes[-1] else None
     return homes, cut(model, total, options.cut), tied
 

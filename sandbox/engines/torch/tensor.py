@@ -7,7 +7,7 @@
     embedding, head   W          W[V_tp, D]    -              RowwiseParallel, ColwiseParallel: some words
     norm1, norm2, norm           w[D]          -              replicated, or SequenceParallel
     q_norm, k_norm               w[E]          -              SequenceParallel over heads: gradient {U_tp}, then summed
-    hidden state      X          X[B, S, D]    -              with `sequence`, X[B, S_tp, D] outside attention, MLP, head
+    hidden state      X          X[B, S, D]    -              with `sequence`, X[B, S_tp, D] outside the regions
     logits            Y          Y[B, S, V_tp] -              loss_parallel: never gathered
 
 `W[F_tp, D]` reads: F cut over tp in chunks of ceil(F/n), so the last rank may hold less; `{U_tp}`: not yet summed over
@@ -91,11 +91,11 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
             distribute_module(
                 module,
                 device_mesh,
-                input_fn=lambda _, args, mesh: DTensor.from_local(args[0], mesh, (Replicate(),), run_check=False),
+                input_fn=cast(Any, lambda _, args, mesh: DTensor.from_local(args[0], mesh, (Replicate(),))),
                 output_fn=lambda _, out, mesh: out.to_local(),
             )
         elif options.sequence and isinstance(module, Dropout):
-            module.register_forward_pre_hook(lambda _, args: (args[0], own_columns(*args, axis)))
+            module.register_forward_pre_hook(lambda _, args: own_columns(axis, *args))
     layout = dict(program.layout)
     for name, param in model.named_parameters():
         assert isinstance(param, DTensor)
@@ -178,9 +178,9 @@ def styles(model: Transformer, options: Options) -> dict[str, Any]:
     return plan
 
 
-def own_columns(x: Tensor, batch: Batch, axis: Axis) -> Batch:
-    """The part of a batch that belongs to this rank's columns of a hidden state."""
-    return batch.take_columns(slice(axis.rank * x.shape[1], (axis.rank + 1) * x.shape[1]))
+def own_columns(axis: Axis, x: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
+    """A hidden state of this rank's columns, with the columns of the batch that belong to it."""
+    return x, batch.take_columns(slice(axis.rank * x.shape[1], (axis.rank + 1) * x.shape[1]))
 
 
 def cut(model: Transformer, options: Options, axis: Axis) -> int:
@@ -188,7 +188,7 @@ def cut(model: Transformer, options: Options, axis: Axis) -> int:
     dims = dict.fromkeys(("q", "k", "v", "gate", "up", "embed", "head"), 0) | dict.fromkeys(("o", "down"), 1)
     partial, new = 0, dict[str, nn.Parameter]()
     for name, param in model.named_parameters():
-        *_, layer, kind = name.split(".")
+        *_, layer, _ = name.split(".")
         dim = dims.get(layer)
         if dim is not None and dim < param.dim():
             chunk = -(-param.shape[dim] // axis.size)

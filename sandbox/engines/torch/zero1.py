@@ -45,8 +45,8 @@ def check(config: Config, options: Options) -> None:
     """Refuse DTensors, which `replicate` makes of parameters (ddp.py): what is broadcast are plain ones."""
     if others := [axis for axis in ("pp", "tp") if getattr(config.mesh, axis).degree > 1]:
         raise ConfigError(
-            f"mesh.{others[0]}: torch's ZeroRedundancyOptimizer broadcasts plain tensors, not the DTensors of other axes. "
-            "Set mesh.dp.strategy: fsdp, or ddp."
+            f"mesh.{others[0]}: torch's ZeroRedundancyOptimizer broadcasts plain tensors, not the DTensors that other "
+            "axes make of parameters. Set mesh.dp.strategy: fsdp, or ddp."
         )
 
 

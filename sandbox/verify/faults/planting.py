@@ -36,6 +36,7 @@ class Fault:
     strategy: str
     world: int = 2
     settings: dict[str, Any] = field(default_factory=dict)
+    engine: str = "native"
 
     def sick(self) -> Case:
         """The case with the bug."""
@@ -47,20 +48,21 @@ class Fault:
 
     def clean(self) -> Case:
         """The same case without it."""
-        return alone("native", self.strategy, self.world, self.name, **self.settings)
+        return alone(self.engine, self.strategy, self.world, self.name, **self.settings)
 
 
 FAULTS: dict[str, Fault] = {}
 
 
 def fault(
-    number: int, source: str, kind: str, strategy: str, world: int = 2, **settings: Any
+    number: int, source: str, kind: str, strategy: str, world: int = 2, engine: str = "native", **settings: Any
 ) -> Callable[[Plant], Plant]:
     """Register the function below as a fault of that name."""
 
     def register(plant: Plant) -> Plant:
         name = getattr(plant, "__name__", "")
-        FAULTS[name] = Fault(name, number, f"https://github.com/{source}", kind, plant, strategy, world, settings)
+        address = f"https://github.com/{source}"
+        FAULTS[name] = Fault(name, number, address, kind, plant, strategy, world, settings, engine)
         return plant
 
     return register
