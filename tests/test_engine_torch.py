@@ -47,11 +47,36 @@ run = functools.partial(launch, timeout=60)
 
 
 @unit
-@pytest.mark.parametrize("name", sandbox.engines.torch.UNSUPPORTED)
-def test_what_torch_lacks_is_refused_with_a_reason_and_the_nearest(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=r"engine torch cannot run zero\d: .*fsdp"):
+@pytest.mark.parametrize(("name", "nearest"), [("zero2", "fsdp"), ("zero3", "fsdp"), ("context", "engine native")])
+def test_what_torch_lacks_is_refused_with_a_reason_and_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(UnsupportedError, match=rf"engine torch cannot run {name}: .*{nearest}"):
         find("torch", name)
+    assert name in sandbox.engines.torch.UNSUPPORTED
     assert "fsdp" in strategies("torch")
+
+
+def sharded_attention(member: Member) -> str:
+    """What torch says when attention runs under its `context_parallel`."""
+    from torch.distributed.tensor.experimental import context_parallel
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (member.world,))
+    q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
+    with (
+        pytest.raises(NotImplementedError) as caught,
+        context_parallel(mesh, buffers=[q, k, v], buffer_seq_dims=[2, 2, 2]),
+    ):
+        nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return str(caught.value)
+
+
+@parity
+def test_torch_still_has_no_rule_for_the_attention_kernel_of_a_cpu() -> None:
+    reason = sandbox.engines.torch.UNSUPPORTED["context"]
+    for message in run(2, sharded_attention):
+        assert "aten._scaled_dot_product_flash_attention_for_cpu" in message
+        assert "does not have a sharding strategy" in message
+    assert "no sharding rule" in reason
+    assert "_scaled_dot_product_flash_attention_for_cpu" in reason
 
 
 @unit
