@@ -204,14 +204,15 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
     """Bytes sent in one step and held after it, by this rank."""
     axis = mesh.axis(AXIS)
     assert isinstance(model, Transformer)
-    partial, item = cut(model, options, axis), model.dtype.itemsize
+    partial = cut(model, options, axis)
     first, last = mesh.axis("pp").rank == 0, model.head is not None
-    regions = 4 * len(model.blocks) + first + last
+    stored = next(model.parameters()).element_size()  # the embedding's words are summed as they are stored
+    number = (4 * len(model.blocks) + last) * model.dtype.itemsize + first * stored
     terms = 3 * last * torch.promote_types(model.dtype, torch.float32).itemsize
     traffic: dict[str, float] = defaultdict(float)
     for rows in microbatch_rows(mesh, config):
         tokens = rows * config.data.sequence
-        crossing = ring_bytes(regions * tokens * config.model.width * item, axis.size)
+        crossing = ring_bytes(number * tokens * config.model.width, axis.size)
         if options.sequence:
             traffic[f"all_gather {AXIS}"] += crossing / 2
             traffic[f"reduce_scatter {AXIS}"] += crossing / 2
