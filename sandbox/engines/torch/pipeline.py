@@ -30,6 +30,7 @@ Sources: as the native pipeline's; torch.distributed.pipelining.schedules.
 """
 
 import copy
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -175,7 +176,7 @@ class Pipeline:
         self.batches = [filled(batch, rows) for batch in batches]
         training = torch.is_grad_enabled()
         if (rows, training) not in self.schedules:
-            self.schedules[rows, training] = self._schedule(len(batches))
+            self.schedules[rows, training] = self._schedule(len(batches), training)
         schedule = self.schedules[rows, training]
         losses: list[Tensor] = []
         number = torch.arange(len(batches))  # all that torch has to cut into microbatches
@@ -205,7 +206,7 @@ class Pipeline:
         part.register_forward_pre_hook(give, with_kwargs=True)
         return part
 
-    def _schedule(self, microbatches: int) -> Any:
+    def _schedule(self, microbatches: int, training: bool) -> Any:
         from torch.distributed.pipelining import PipelineStage
         from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
@@ -216,10 +217,23 @@ class Pipeline:
         ]
         kind = get_schedule_class(NAMES[self.options.schedule])
         what: Any = stages[0] if issubclass(kind, PipelineScheduleSingle) else stages
-        return kind(what, microbatches, loss_fn=self._loss, scale_grads=False)
+        schedule = kind(what, microbatches, loss_fn=self._loss, scale_grads=False)
+        if not training and self.options.schedule in VS:  # `eval` trips over gradients from a stage of the same rank
+            orders = schedule.pipeline_order_with_comms
+            schedule.pipeline_order_with_comms = {rank: list(forwards(order)) for rank, order in orders.items()}
+        return schedule
 
     def _loss(self, logits: Tensor, number: Tensor) -> Tensor:
         return self.program.loss(logits, self.batches[int(number)].targets) / self.valid
+
+
+def forwards(actions: Iterable[Any]) -> Iterator[Any]:
+    """Of the actions of a torch schedule, those that an evaluation needs; such as consist of two are taken apart."""
+    for action in actions:
+        if action.sub_actions:
+            yield from forwards(action.sub_actions)
+        elif action.computation_type.name in ("FORWARD", "SEND_F", "RECV_F", "UNSHARD", "RESHARD"):
+            yield action
 
 
 def filled(batch: Batch, rows: int) -> Batch:

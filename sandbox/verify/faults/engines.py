@@ -12,11 +12,11 @@ SEQUENCE = {"sequence": True}
 
 @fault(5, "pytorch/pytorch/pull/144352", "scale", "pipeline", engine="torch")
 def scaled_as_for_a_mean(trainer: Trainer) -> None:
-    """torch's schedule divides gradients by the number of microbatches, its default, though the loss is a sum."""
+    """Torch's schedule divides gradients by the number of microbatches, its default, though the loss is a sum."""
     make = pipeline.Pipeline._schedule
 
-    def scaling(self: pipeline.Pipeline, microbatches: int) -> Any:
-        schedule = make(self, microbatches)
+    def scaling(self: pipeline.Pipeline, microbatches: int, training: bool) -> Any:
+        schedule = make(self, microbatches, training)
         schedule.scale_grads = True
         return schedule
 
