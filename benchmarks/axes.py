@@ -3,7 +3,8 @@
 All trainers of a group live in the same ranks and take turns, one step each, so the machine's noise falls on all alike.
 A step's time is that of the slowest rank; a ratio is the median over rounds of the two times in the same round. The
 overhead of a collective is what a step takes beyond 1/n of the step of one process, by the collectives of the step: it
-holds waiting, bubbles and copies, and means little if there are fewer cores than ranks.
+holds waiting, bubbles and copies, and means little if there are fewer cores than ranks. Processor time of the busiest
+rank tells who does more work, on a machine that others use too.
 
 Run: python benchmarks/axes.py --ranks 2 --rounds 20 --groups tensor pipeline context
 """
@@ -98,24 +99,26 @@ def main() -> None:
         for name in args.groups:
             group = choices[name]
             racers = {PLAIN: {}, **group.racers}
-            times, counts = launch(args.ranks, race, racers, group.common, args.rounds, timeout=600)[0]
-            table = Table("ranks", name, "ms", "of one process", "collectives", "us each", box=None)
-            for racer, seconds in times.items():
-                low, ratio, high = quartiles(seconds, times[PLAIN])
-                extra = statistics.median(a - b / args.ranks for a, b in zip(seconds, times[PLAIN], strict=True))
-                each = f"{extra / counts[racer] * 1e6:.0f}" if racer.startswith(("native", "contiguous")) else "-"
-                cells = (f"{statistics.median(seconds) * 1e3:.0f}", f"{ratio:.3f} ({low:.3f} to {high:.3f})")
-                table.add_row(str(args.ranks), racer, *cells, str(counts[racer]) if each != "-" else "-", each)
-                rows.append(
-                    {"ranks": args.ranks, "racer": racer, "seconds": statistics.median(seconds), "plain": ratio}
-                )
+            measured = launch(args.ranks, race, racers, group.common, args.rounds, timeout=600)[0]
+            table = Table("ranks", name, "ms", "processor ms", "of one process", "collectives", "us each", box=None)
+            whole = measured[PLAIN][0]
+            for racer, (seconds, used, count) in measured.items():
+                low, ratio, high = quartiles(seconds, whole)
+                extra = statistics.median(a - b / args.ranks for a, b in zip(seconds, whole, strict=True))
+                ours = not racer.startswith((PLAIN, "torch"))  # only ours are counted
+                counted = (str(count), f"{extra / count * 1e6:.0f}") if ours else ("-", "-")
+                times = [f"{statistics.median(some) * 1e3:.0f}" for some in (seconds, used)]
+                table.add_row(str(args.ranks), racer, *times, f"{ratio:.3f} ({low:.3f} to {high:.3f})", *counted)
+                rows.append({"ranks": args.ranks, "racer": racer, "s": statistics.median(seconds), "of_one": ratio})
             Console(width=120).print(table)
-            for ours, theirs, bound in group.pairs:
-                low, ratio, high = quartiles(times[ours], times[theirs])
+            for mine, theirs, bound in group.pairs:
+                low, ratio, high = quartiles(measured[mine][0], measured[theirs][0])
+                work = quartiles(measured[mine][1], measured[theirs][1])[1]
                 good &= ratio <= bound
-                mark = "✓" if ratio <= bound else "✗"
-                print(f"{mark} {ours} / {theirs}: {ratio:.3f} ({low:.3f} to {high:.3f}; bound {bound})")
-                rows.append({"ranks": args.ranks, "ours": ours, "theirs": theirs, "ratio": ratio, "bound": bound})
+                mark, among = "✓" if ratio <= bound else "✗", f"{low:.3f} to {high:.3f}; bound {bound}"
+                print(f"{mark} {mine} / {theirs}: {ratio:.3f} ({among}), processor {work:.3f}")
+                row = {"ranks": args.ranks, "ours": mine, "theirs": theirs, "ratio": ratio, "bound": bound}
+                rows.append(row | {"processor_ratio": work})
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     sys.exit(not good)

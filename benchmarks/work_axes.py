@@ -1,5 +1,7 @@
 """What the ranks of the other axes' benchmark run. In a module of its own, for ranks import it by name."""
 
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,14 @@ from sandbox.runtime import Member
 
 def race(
     member: Member, racers: dict[str, dict[str, Any]], common: dict[str, Any], rounds: int
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of each round's step, and collectives in a step that comm.py counts, by racer.
+) -> dict[str, tuple[list[float], list[float], int]]:
+    """By racer: each round's seconds, seconds of processor time of the rank that used most, and collectives of a step.
 
     A racer is the sections of a config, besides those that are `common` to all. `plain` is one process: the first
     rank's, while the others wait. `core: torch` puts torch's ring attention in the place of ours.
     """
     import torch
-    from torch import nn
+    import torch.distributed as dist
 
     from sandbox.config import Config
     from sandbox.data import Corpus
@@ -36,15 +38,19 @@ def race(
             for module in trainer.program.model.modules():
                 if isinstance(module, Attention):
                     module.core = torchs_ring(mesh.axis("cp"))
-        assert isinstance(trainer.program.model, nn.Module)
+    used: dict[str, list[float]] = {name: [] for name in trainers}
 
-    def step(trainer: Trainer) -> None:
-        if trainer.mesh.world > 1 or member.rank == 0:
-            trainer.train_step()
+    def step(name: str) -> None:
+        start = time.process_time()
+        if trainers[name].mesh.world > 1 or member.rank == 0:
+            trainers[name].train_step()
+        used[name].append(time.process_time() - start)
 
-    seconds = take_turns([lambda trainer=trainer: step(trainer) for trainer in trainers.values()], rounds)
-    counts = {name: trainer.mesh.recorder.number // max(1, trainer.step) for name, trainer in trainers.items()}
-    return dict(zip(trainers, seconds, strict=True)), counts
+    seconds = take_turns([partial(step, name) for name in trainers], rounds)
+    most = torch.tensor([each[-rounds:] for each in used.values()], dtype=torch.float64)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    counts = [trainer.mesh.recorder.number // max(1, trainer.step) for trainer in trainers.values()]
+    return dict(zip(trainers, zip(seconds, most.tolist(), counts, strict=True), strict=True))
 
 
 def torchs_ring(axis: Any) -> Any:
