@@ -55,7 +55,7 @@ def test_the_matrix_holds_every_strategy_of_every_engine_at_every_world() -> Non
     found = {(c.config.engine, c.config.name.partition("-")[0], c.config.mesh.world) for c in CASES}
     for engine in engines():
         for strategy in strategies(engine):
-            worlds = (2, 3, 4, 8) if find(engine, strategy).AXIS == "dp" else (2,)  # others as far as the model goes
+            worlds = (2, 3, 4, 8) if find(engine, strategy).AXIS == "dp" else (2, 3, 4)  # others as far as models go
             assert {(engine, strategy, world) for world in worlds} <= found
 
 
@@ -102,6 +102,17 @@ def test_the_matrix_goes_up_to_all_axes_and_replicas_on_32_ranks() -> None:
     assert all(set(degrees.values()) == {2} for degrees in largest)
     full = [case for case in CASES if len(active(case)) == len(AXES)]
     assert all(any(uses(case, way) for case in full) for axis in AXES for way in ways(axis))
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_the_matrix_holds_pairs_with_the_data_axis_and_three_axes_at_once(engine: str) -> None:
+    meshes = [c.config.mesh for c in CASES if c.config.engine == engine]
+    pairs = {
+        (axis, m.dp.strategy) for m in meshes for axis in ("pp", "tp") if getattr(m, axis).degree == 2 == m.dp.degree
+    }
+    assert {(axis, data) for axis in ("pp", "tp") for data in ("ddp", "fsdp")} <= pairs
+    assert [m for m in meshes if m.pp.degree == m.tp.degree == m.dp.degree == 2 and m.dp.strategy == "fsdp"]
 
 
 @pytest.mark.unit

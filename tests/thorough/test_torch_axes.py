@@ -11,7 +11,7 @@ import torch_axes_work as work
 
 from sandbox.config import Config, Data, Model
 from sandbox.engines.torch.pipeline import NAMES, filled
-from sandbox.errors import ConfigError
+from sandbox.errors import ConfigError, WorkerError
 from sandbox.model import build
 from sandbox.plan import plan
 from sandbox.runtime import launch, warm
@@ -150,6 +150,13 @@ def test_validation_agrees_with_the_unsharded_run(axes: Axes) -> None:
     (expected,) = launch(1, context_work.losses, config.reference(), timeout=60)
     for found in launch(config.mesh.world, context_work.losses, config, timeout=60):
         assert found == pytest.approx(expected, rel=1e-12)
+
+
+@PARITY
+def test_torch_still_cannot_evaluate_over_two_stages_of_one_rank() -> None:
+    verifier()
+    with pytest.raises(WorkerError, match="can't steal_bwd_input if this stage doesn't have backward"):
+        launch(2, work.evaluated_by_torch_alone, settings(mesh("zbv")), timeout=60)
 
 
 @PARITY
