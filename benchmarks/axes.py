@@ -65,7 +65,7 @@ def groups(ranks: int, sequence: int, file: str) -> dict[str, Group]:
     return {
         "tensor": Group(tensor, versus(tensor), {**wide, "train": {"batch": 4 * ranks}}),
         "pipeline": Group(
-            pipeline, versus(pipeline), {**wide, "train": {"batch": 8 * ranks, "microbatches": 4 * ranks}}
+            pipeline, versus(pipeline), {**wide, "train": {"batch": 4 * ranks, "microbatches": 2 * ranks}}
         ),
         "context": Group(
             context,

@@ -117,6 +117,8 @@ CASES: dict[str, tuple[Axes, dict[str, Any]]] = {
         for dp, sync in (("ddp", "each"), ("fsdp", "last"))
     },
     "tp, replicas": ({"tp": {"degree": 2}, "dp": {"degree": 4, "replicas": 2, "strategy": "fsdp"}}, {}),
+    "tp, replicas of ddp": ({"tp": {"degree": 2}, "dp": {"degree": 4, "replicas": 2, "strategy": "ddp"}}, {}),
+    "pp, replicas": (mesh("1f1b") | {"dp": {"degree": 4, "replicas": 2, "strategy": "fsdp"}}, {}),
     **{f"pp, {dp}, tied": (mesh("1f1b", dp), {"model": TIED}) for dp in ("ddp", "fsdp")},
     **{f"{name}, fsdp": (mesh(name, "fsdp"), FOUR) for name in NAMES if name != "1f1b"},
     **{f"{name}, ddp": (mesh(name, "ddp"), FOUR) for name in ("interleaved_zb", "zbv", "dualpipe_v")},

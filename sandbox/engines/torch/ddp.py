@@ -16,6 +16,10 @@ DDP averages, and the loss is already a share of the global sum, so each rank's 
 hook that sums would be wrong with `sync: each`: DDP reduces what has ACCUMULATED in a gradient, so the sum over ranks
 of earlier microbatches would count n times, where their average stays as it is.
 
+Beside tensor or pipeline parallelism it knows neither DTensors nor a backward in two parts, and torch's `replicate`
+takes its place: FSDP that cuts nothing, which sums the gradients of a block, or of what is left of the model or the
+stage, at once. It sends the same bytes; `bucket_mb` and `gradient_as_bucket_view` are DDP's alone.
+
 Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", VLDB 2020.
 """
 

@@ -17,6 +17,9 @@ scattered once. With replicas (HSDP) parts are summed over dp_replicate once a s
 bfloat16 parameters travel as bfloat16, but gradients as float32. Memory: (2 + K)/n P and the padding, two blocks and
 the root in use.
 
+Over tensor parallelism rows are cut again, within the part that a rank has. Each stage of a pipeline is a model with a
+root of its own: its parameters are gathered once a step and its gradients scattered once, whatever the options.
+
 Gradients are divided by 1, for the loss is already a share of the global sum. For another divisor than n torch asks
 for PREMUL_SUM, which gloo lacks, unless told to use sums only.
 
