@@ -117,6 +117,13 @@ CASES: dict[str, tuple[Axes, dict[str, Any]]] = {
         for dp, sync in (("ddp", "each"), ("fsdp", "last"))
     },
     "tp, replicas": ({"tp": {"degree": 2}, "dp": {"degree": 4, "replicas": 2, "strategy": "fsdp"}}, {}),
+    **{
+        f"recompute {how}, dropout {dropout}": (
+            mesh(sequence=True),
+            {"train": {"recompute": how}, "model": MODEL.model_copy(update={"dropout": dropout})},
+        )
+        for how, dropout in (("full", 0.0), ("full", 0.1), ("selective", 0.1))
+    },
     "tp, replicas of ddp": ({"tp": {"degree": 2}, "dp": {"degree": 4, "replicas": 2, "strategy": "ddp"}}, {}),
     "pp, replicas": (mesh("1f1b") | {"dp": {"degree": 4, "replicas": 2, "strategy": "fsdp"}}, {}),
     **{f"pp, {dp}, tied": (mesh("1f1b", dp), {"model": TIED}) for dp in ("ddp", "fsdp")},

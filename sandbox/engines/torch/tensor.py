@@ -207,17 +207,19 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
     partial = cut(model, options, axis)
     first, last = mesh.axis("pp").rank == 0, model.head is not None
     stored = next(model.parameters()).element_size()  # the embedding's words are summed as they are stored
-    number = (4 * len(model.blocks) + last) * model.dtype.itemsize + first * stored
+    once, blocks = model.dtype.itemsize, len(model.blocks)
+    number = (4 * blocks + last) * once + first * stored
+    gathers, sums = (2, 1 + (config.model.dropout > 0)) if config.train.recompute == "full" else (0, 0)  # run again
     terms = 3 * last * torch.promote_types(model.dtype, torch.float32).itemsize
     traffic: dict[str, float] = defaultdict(float)
     for rows in microbatch_rows(mesh, config):
         tokens = rows * config.data.sequence
-        crossing = ring_bytes(number * tokens * config.model.width, axis.size)
+        across = ring_bytes(tokens * config.model.width, axis.size)
         if options.sequence:
-            traffic[f"all_gather {AXIS}"] += crossing / 2
-            traffic[f"reduce_scatter {AXIS}"] += crossing / 2
+            traffic[f"all_gather {AXIS}"] += (number + gathers * blocks * once) * across / 2
+            traffic[f"reduce_scatter {AXIS}"] += (number + sums * blocks * once) * across / 2
         else:
-            traffic[f"all_reduce {AXIS}"] += crossing
+            traffic[f"all_reduce {AXIS}"] += (number + sums * blocks * once) * across
         traffic[f"all_reduce {AXIS}"] += ring_bytes(terms * tokens, axis.size)
     traffic[f"all_reduce {AXIS}"] += reductions(config) * ring_bytes(partial, axis.size)
     held = bytes_of(model.parameters())
