@@ -4,11 +4,14 @@ Gradients become final from the last layer to the first. Buckets are filled in t
 is full, while backward computes the rest. All ranks start buckets in the same order, whatever order their gradients
 came in and even if some never came, or they would wait for each other for ever.
 
+Most parameters are the same on all ranks that see other rows. Experts that are cut over ep are not: their gradients are
+summed over fewer ranks, and have buckets of their own.
+
 Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", VLDB 2020.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
@@ -17,10 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from sandbox.comm import Axis, Pending, all_reduce, reduce_scatter
+from sandbox.mesh import Mesh
+from sandbox.model import mixtures
 from sandbox.partition import Partition, Place
 from sandbox.program import Program
 
-__all__ = ["Bucket", "ScatterSum", "cut_buckets", "reduce_in_backward"]
+__all__ = ["Bucket", "Over", "ScatterSum", "cut_buckets", "reduce_in_backward", "summed_over"]
+
+Over = Callable[[str], Axis]
+"""Name of a parameter -> the ranks over which its gradient is summed, or its state is cut."""
 
 
 class Bucket:
@@ -37,6 +45,11 @@ class Bucket:
         self._partition = partition
         self._flat: Tensor | None = None
         self._filled: set[str] = set()
+
+    @property
+    def first(self) -> str:
+        """The name of the first parameter."""
+        return next(iter(self.params))
 
     @property
     def numel(self) -> int:
@@ -64,7 +77,7 @@ class Bucket:
         """Hand out the flat tensor. What has no gradient has gradient zero, not none."""
         for name in self.params.keys() - self._filled:
             self.collect(name)  # what earlier passes left in a parameter that the last one did not use
-        first = next(iter(self.params.values()))
+        first = self.params[self.first]
         flat, self._flat = self._flat, None
         if flat is None:
             flat = torch.empty(self.numel, dtype=self.dtype or first.dtype, device=first.device)
@@ -87,17 +100,28 @@ class Bucket:
         return {n: [(end - p.numel(), 0, p.numel())] for (n, p), end in zip(self.params.items(), ends, strict=True)}
 
 
-def cut_buckets(params: Mapping[str, nn.Parameter], megabytes: float) -> list[Bucket]:
-    """Cut the parameters, last first, into buckets of at least `megabytes` (MiB), but for the last one."""
-    buckets: list[dict[str, nn.Parameter]] = [{}]
-    size = 0.0
+def summed_over(model: nn.Module, mesh: Mesh, *axes: str) -> Over:
+    """The ranks along `axes` that hold the same of a parameter: all, but for an expert those of one place in ep."""
+    experts = {param for moe in mixtures(model) for param in moe.experts.parameters()}
+    names = {name for name, param in model.named_parameters() if param in experts}
+    most, few = mesh.axis(*axes), mesh.axis(*(axis for axis in axes if axis != "ep"))
+    return lambda name: few if name in names else most
+
+
+def cut_buckets(params: Mapping[str, nn.Parameter], megabytes: float, over: Over | None = None) -> list[Bucket]:
+    """Cut the parameters, last first, into buckets of at least `megabytes` (MiB), but for the last.
+
+    Parameters that are not summed over the same ranks share no bucket.
+    """
+    buckets: list[dict[str, nn.Parameter]] = []
+    filling: dict[tuple[str, ...], dict[str, nn.Parameter]] = {}
     for name, param in reversed(list(params.items())):
-        if size >= megabytes * 2**20:
-            buckets.append({})
-            size = 0
-        buckets[-1][name] = param
-        size += param.numel() * param.element_size()
-    return [Bucket(bucket) for bucket in buckets]
+        ranks = over(name).names if over else ()
+        bucket = filling.setdefault(ranks, {})
+        bucket[name] = param
+        if sum(p.numel() * p.element_size() for p in bucket.values()) >= megabytes * 2**20:
+            buckets.append(filling.pop(ranks))
+    return [Bucket(bucket) for bucket in (*buckets, *filling.values())]
 
 
 def reduce_in_backward(
@@ -145,15 +169,15 @@ def reduce_in_backward(
 
 
 class ScatterSum:
-    """Sums flat gradients over `shard`, keeps this rank's part, and adds up the parts of earlier backward passes.
+    """Sums flat gradients over `shards` (by bucket), keeps this rank's part, adds up those of earlier backward passes.
 
     After the last pass the sums are summed over `replicate` too: once a step, and on the part only. One reduction is
     under way while the next bucket fills, so whole gradients do not pile up.
     """
 
-    def __init__(self, shard: Axis, replicate: Axis, dtype: torch.dtype) -> None:
+    def __init__(self, shards: Sequence[Axis], replicate: Axis, dtype: torch.dtype) -> None:
         self.sums: dict[int, Tensor] = {}
-        self._shard, self._replicate, self._dtype = shard, replicate, dtype
+        self._shards, self._replicate, self._dtype = shards, replicate, dtype
         self._scatters: deque[tuple[int, bool, Pending]] = deque()
         self._replicas: list[Pending] = []
 
@@ -161,7 +185,7 @@ class ScatterSum:
         """Start to reduce bucket `number`; `flat` holds all parts in rank order."""
         while self._scatters:
             self._land()
-        self._scatters.append((number, final, reduce_scatter(flat, sizes, self._shard, self._dtype)))
+        self._scatters.append((number, final, reduce_scatter(flat, sizes, self._shards[number], self._dtype)))
 
     def finish(self) -> None:
         """Wait until `sums` holds everything that was launched."""

@@ -198,11 +198,16 @@ def all_gather(flat: Tensor, sizes: Sequence[int], axis: Axis) -> Pending:
 
 
 def all_to_all(
-    flat: Tensor, sizes: Sequence[int], landing: Tensor, landing_sizes: Sequence[int], axis: Axis
+    flat: Tensor,
+    sizes: Sequence[int],
+    landing: Tensor,
+    landing_sizes: Sequence[int],
+    axis: Axis,
+    op: str = "all_to_all",
 ) -> Pending:
     """Send each rank its part of `flat` [sum(sizes)]; fill `landing` [sum(landing_sizes)] with what each sends here."""
     outgoing, incoming = flat.split(list(sizes)), landing.split(list(landing_sizes))
-    event = axis.recorder.launch("all_to_all", axis.name, _bytes(flat) - _bytes(outgoing[axis.rank]))
+    event = axis.recorder.launch(op, axis.name, _bytes(flat) - _bytes(outgoing[axis.rank]))
     if flat.is_cuda:
         work = dist.all_to_all_single(landing, flat, list(landing_sizes), list(sizes), group=axis.group, async_op=True)
         return Pending(axis, event, (_work(work),), lambda: landing)

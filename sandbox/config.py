@@ -17,8 +17,11 @@ from sandbox.errors import ConfigError
 
 __all__ = ["AXES", "Axis", "Config", "Data", "DataAxis", "Mesh", "Model", "Options", "Run", "Train", "check", "load"]
 
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-"""Axes of the device mesh, outermost first: the innermost talks most, so its ranks are neighbours."""
+AXES = ("pp", "dp_replicate", "dp_shard", "ep", "cp", "tp")
+"""Axes of the device mesh, outermost first: the innermost talks most, so its ranks are neighbours.
+
+`ep` is carved out of the data ranks: all of dp_replicate x dp_shard x ep see other rows.
+"""
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -43,6 +46,12 @@ class Model(Section):
     heads: Count = 4
     kv_heads: Count | None = Field(None, description="default: heads")
     hidden: Count | None = Field(None, description="width of the MLP; default: 4 width (gelu), 8/3 width (swiglu)")
+    experts: Annotated[int, Field(ge=0)] = Field(0, description="experts in the place of an MLP; 0: none")
+    top_k: Count = Field(2, description="experts that a token goes to")
+    renormalise: bool = Field(True, description="the gate weights of a token's experts add up to 1")
+    moe_every: Count = Field(1, description="of so many layers, the last has experts")
+    aux_loss: Annotated[float, Field(ge=0)] = Field(0.01, description="weight of the load-balancing loss")
+    z_loss: Annotated[float, Field(ge=0)] = Field(0.001, description="weight of the router's z-loss")
     norm: Literal["rms", "layer"] = "rms"
     mlp: Literal["swiglu", "gelu"] = "swiglu"
     bias: bool = Field(False, description="biases in linears, and in norms if they are layer norms")
@@ -70,6 +79,30 @@ class Model(Section):
     def padded_vocab(self) -> int:
         """Rows of the embedding."""
         return math.ceil(self.vocab / self.vocab_multiple) * self.vocab_multiple
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer, from 0, has experts in the place of an MLP."""
+        return self.experts > 0 and (layer + 1) % self.moe_every == 0
+
+    @model_validator(mode="after")
+    def _routes(self) -> Self:
+        if not self.experts:
+            return self
+        if self.top_k > self.experts:
+            raise ValueError(
+                f"model.top_k {self.top_k} is more than model.experts {self.experts}. Set model.top_k: {self.experts}."
+            )
+        if self.top_k == 1 and self.renormalise:
+            raise ValueError(
+                "model.top_k 1 with model.renormalise makes every gate weight 1, and the router has no gradient of the "
+                "loss. Set model.renormalise: false, or model.top_k: 2."
+            )
+        if self.moe_every > self.layers:
+            raise ValueError(
+                f"model.moe_every {self.moe_every} is more than model.layers {self.layers}: no layer has experts. "
+                f"Set model.moe_every: {self.layers}."
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -155,14 +188,16 @@ class Mesh(Section):
 
     pp: Axis = Axis()
     dp: DataAxis = DataAxis()
+    ep: Axis = Axis()
     cp: Axis = Axis()
     tp: Axis = Axis()
 
     @property
     def degrees(self) -> dict[str, int]:
         """Size of every axis of the device mesh, outermost first."""
-        shard, replicate = self.dp.degree // self.dp.replicas, self.dp.replicas
-        return dict(zip(AXES, (self.pp.degree, replicate, shard, self.cp.degree, self.tp.degree), strict=True))
+        replicate, ep = self.dp.replicas, self.ep.degree
+        shard = self.dp.degree // replicate // ep
+        return dict(zip(AXES, (self.pp.degree, replicate, shard, ep, self.cp.degree, self.tp.degree), strict=True))
 
     @property
     def world(self) -> int:
@@ -171,7 +206,9 @@ class Mesh(Section):
 
     def __str__(self) -> str:
         """Short form for tables: `dp 4`, `dp 2x2`, `-` on one rank."""
-        parts = [f"{name} {axis.degree}" for name in ("pp", "cp", "tp") if (axis := getattr(self, name)).degree > 1]
+        parts = [
+            f"{name} {axis.degree}" for name in ("pp", "ep", "cp", "tp") if (axis := getattr(self, name)).degree > 1
+        ]
         if self.dp.degree > 1:
             split = (
                 f"{self.dp.replicas}x{self.dp.degree // self.dp.replicas}" if self.dp.replicas > 1 else self.dp.degree
@@ -185,6 +222,12 @@ class Mesh(Section):
             raise ValueError(
                 f"mesh.dp.replicas {self.dp.replicas} does not divide mesh.dp.degree {self.dp.degree}. "
                 f"{_near(self.dp.degree)}"
+            )
+        if (ranks := self.dp.degree // self.dp.replicas) % self.ep.degree:
+            of = "mesh.dp.degree" + (" / mesh.dp.replicas" if self.dp.replicas > 1 else "")
+            raise ValueError(
+                f"mesh.ep.degree {self.ep.degree} does not divide {of} {ranks}: experts are cut over data ranks. "
+                f"{_near(ranks)}"
             )
         return self
 

@@ -38,7 +38,7 @@ class Mesh:
 
     def axis(self, *names: str) -> Axis:
         """The axis of that name; of several names, all of them flattened into one, the first outermost."""
-        wide = tuple(name for name in names if self.degrees[name] > 1)
+        wide = tuple(name for name in names if self.degrees.get(name, 1) > 1)
         if wide not in self._axes:
             self._axes[wide] = self._make(wide, names)
         return self._axes[wide]
@@ -56,8 +56,8 @@ class Mesh:
 
     @property
     def data(self) -> Axis:
-        """All ranks that see other rows: dp_replicate x dp_shard."""
-        return self.axis("dp_replicate", "dp_shard")
+        """All ranks that see other rows: dp_replicate x dp_shard x ep."""
+        return self.axis("dp_replicate", "dp_shard", "ep")
 
     @property
     def everyone(self) -> Axis:

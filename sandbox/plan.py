@@ -53,13 +53,13 @@ __all__ = [
     "unsupported",
 ]
 
-FOLD = ("pp", "tp", "cp", "dp")
+FOLD = ("pp", "tp", "cp", "ep", "dp")
 """The order in which strategies are folded over the model: each meets what the ones before it have left.
 
 What backward computes again is decided before dp: it includes collectives of the inner axes, but no gathers of weights.
 """
 
-USUAL = {"pp": "pipeline", "tp": "tensor", "cp": "context", "dp": "ddp"}
+USUAL = {"pp": "pipeline", "tp": "tensor", "cp": "context", "ep": "expert", "dp": "ddp"}
 """The strategy of an axis whose section names none."""
 
 
@@ -157,12 +157,15 @@ def predict(config: Config) -> list[Prediction]:
         mesh, model = Mesh(config.mesh.degrees, rank), build(config.model, config.train.dtype)
         parts = [p.strategy.predict(model, mesh, p.options, config) for p in planned]
         traffic: dict[str, float] = defaultdict(float)
+        least: dict[str, float] = {}
         memory: dict[str, int] = {} if parts else _unsharded(config, model)
         for part in parts:
             memory.update(part.memory)
+            least.update(part.least)
             for key, value in part.traffic.items():
                 traffic[key] += value
-        ranks.append(Prediction({key: round(value) for key, value in traffic.items() if value}, memory))
+        sent = {key: round(value) for key, value in traffic.items() if value}
+        ranks.append(Prediction(sent, memory, {key: round(value) for key, value in least.items()}))
     return ranks
 
 

@@ -12,10 +12,14 @@ __all__ = ["Prediction", "bytes_of", "state_copies"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes that one rank sends in a step, by collective and axis, and holds after it, by kind of tensor."""
+    """Bytes that one rank sends in a step, by collective and axis, and holds after it, by kind of tensor.
+
+    What depends on the data, as where a router sends tokens does, is at most `traffic` and at least `least`.
+    """
 
     traffic: Mapping[str, float] = field(default_factory=dict)
     memory: Mapping[str, int] = field(default_factory=dict)
+    least: Mapping[str, float] = field(default_factory=dict)
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

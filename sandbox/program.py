@@ -23,7 +23,7 @@ from sandbox.comm import all_reduce
 from sandbox.config import Config, Train
 from sandbox.layout import Layout, local
 from sandbox.mesh import Mesh
-from sandbox.model import build, initial, loss_sum
+from sandbox.model import build, initial, loss_sum, routing_losses
 
 __all__ = [
     "ForwardBackward",
@@ -33,6 +33,7 @@ __all__ = [
     "materialise",
     "replace_parameters",
     "shard_rows",
+    "training_loss",
     "unsharded",
 ]
 
@@ -122,11 +123,17 @@ def accumulate(program: Program, microbatches: list[Batch], valid: float) -> Ten
     total = torch.zeros((), dtype=torch.float64, device=microbatches[0].tokens.device)
     for number, batch in enumerate(microbatches, 1):
         program.begin(number == len(microbatches))
-        loss = program.loss(program.model(batch), batch.targets) / valid
+        loss = training_loss(program, batch) / valid
         loss.backward()
         program.reduce_grads()
         total += loss.detach()
     return total
+
+
+def training_loss(program: Program, batch: Batch) -> Tensor:
+    """What is trained on: the sum of losses over valid targets, and the sums that routers of experts add to it."""
+    loss = program.loss(program.model(batch), batch.targets)
+    return sum(routing_losses(program.model), start=loss)
 
 
 def learning_rate(train: Train, step: int) -> float:

@@ -8,6 +8,8 @@ taken. `X_n` reads: cut over the ranks; `X{U}`: each rank holds a term of X. G i
     leave                 X{U} -> X    all_reduce        G -> G
     linears, `sequence`   X_n -> Y_n   all_gather        G{U} -> G_n  reduce_scatter, and all_gather of X_n again
     leave, `sequence`     X{U} -> X_n  reduce_scatter    G_n -> G     all_gather
+    enter                 X -> X, X                      G, G'{U} -> G + G'    all_reduce
+    enter, `sequence`     X_n -> X, X  all_gather        G, G'{U} -> G_n + G'  reduce_scatter
     share                 W -> W                         G{U} -> G    all_reduce, many small tensors as one
     vocabulary_loss       Y_n -> loss  all_gather        G -> G_n
 
@@ -63,6 +65,11 @@ class Border:
         out: tuple[Tensor, ...] = _run(
             _Linears, x, tuple(self.columns) if self.sequence else None, self.axis, *parameters
         )
+        return out
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x` twice: for what all ranks do alike on whole columns, and for what each does for its features."""
+        out: tuple[Tensor, Tensor] = _run(_Enter, x, tuple(self.columns) if self.sequence else None, self.axis)
         return out
 
     def leave(self, x: Tensor) -> Tensor:
@@ -162,6 +169,22 @@ class _Linears(torch.autograd.Function):
             rows = grad.flatten(0, -2)
             of_parameters += [rows.T @ tokens, rows.sum(0) if biased else None]
         return total(), None, None, *of_parameters
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...] | None, axis: Axis) -> tuple[Tensor, Tensor]:
+        ctx.cut = sizes, axis
+        whole = x if sizes is None else start_gather(x, sizes, axis)()
+        return whole.view_as(whole), whole.view_as(whole)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, alike: Tensor, own: Tensor) -> tuple[Tensor, None, None]:
+        sizes, axis = ctx.cut
+        if sizes is None:
+            return all_reduce(own.clone(memory_format=torch.contiguous_format), axis).wait().add_(alike), None, None
+        return start_scatter(own, sizes, axis)().add_(alike.split(list(sizes), 1)[axis.rank]), None, None
 
 
 class _Leave(torch.autograd.Function):

@@ -51,7 +51,7 @@ class Trainer:
         started = time.perf_counter()
         batch = self.batch()
         local = self.compute_gradients(batch)
-        loss = all_reduce(local, self.mesh.axis("pp", "dp_replicate", "dp_shard", "cp"), "loss")
+        loss = all_reduce(local, self.mesh.axis("pp", "dp_replicate", "dp_shard", "ep", "cp"), "loss")
         norm = self.update()
         seconds = time.perf_counter() - started
         lr = self.optimizer.param_groups[0]["lr"]
@@ -101,7 +101,7 @@ class Trainer:
             loss = self.program.evaluate(self.program, local)
             valid = local.valid if self.mesh.axis("pp").rank == 0 else 0  # once, of the ranks that see the same rows
             total += torch.tensor([loss.item(), valid], dtype=torch.float64)
-        everyone = self.mesh.axis("pp", "dp_replicate", "dp_shard", "cp")
+        everyone = self.mesh.axis("pp", "dp_replicate", "dp_shard", "ep", "cp")
         summed, count = all_reduce(total, everyone, "loss").wait().tolist()
         return float(summed / max(1.0, count))
 

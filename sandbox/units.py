@@ -8,12 +8,14 @@ holds only its part of it, [N_dp] of [N] elements. In forward and again in backw
 so that bytes travel while the rank computes, and two units at most are whole at once. The last block and the head
 are kept from forward to backward, for they would be gathered again at once; backward of the embedding needs no weight.
 A unit's gradients are reduced as soon as they are complete, and its parameters freed with them.
+Experts that are cut over ep are a part of their block's unit, gathered and reduced over ranks of their own.
 In a pipeline, whose microbatches take turns, units stay whole from their first use in a step to their last.
 
 To free is to shrink the storage to nothing: the parameters, and what autograd saved of them, stay valid views of it and
 are whole again when the storage is filled again. (In between there is nothing to read: not even for `state_dict`.)
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter as unchanged_version
 
-from sandbox.buckets import Bucket, ScatterSum, reduce_in_backward
+from sandbox.buckets import Bucket, Over, ScatterSum, reduce_in_backward, summed_over
 from sandbox.comm import Axis, Pending, all_gather, ring_bytes
 from sandbox.config import Config
 from sandbox.mesh import Mesh
@@ -31,6 +33,8 @@ from sandbox.predict import Prediction, state_copies
 from sandbox.program import Program, replace_parameters, shard_rows
 
 __all__ = ["Cut", "gather_on_use", "predict_units"]
+
+AXES = ("dp_shard", "ep", "cp")
 
 Cut = Callable[[Mapping[str, nn.Parameter], int], Partition]
 
@@ -63,6 +67,14 @@ def cut_units(model: nn.Module) -> list[Unit]:
     first = [unit("embed", embed, kept=False)] if embed else []
     last = [unit("head", ends, kept=True)] if ends else []
     return [*first, *units, *last]
+
+
+def parts(unit: Unit, over: Over) -> list[tuple[Unit, Axis]]:
+    """The unit by the ranks over which its parameters are cut: the block, and apart from it experts that ep cuts."""
+    groups: dict[tuple[str, ...], dict[str, nn.Parameter]] = {}
+    for name, param in unit.params.items():
+        groups.setdefault(over(name).names, {})[name] = param
+    return [(replace(unit, params=params), over(next(iter(params)))) for params in groups.values()]
 
 
 class Shard:
@@ -130,19 +142,21 @@ def gather_on_use(
     program: Program, mesh: Mesh, cut: Cut, *, reshard_after_forward: bool, each: bool, prefetch: bool
 ) -> Program:
     """Return `program` with parameters, gradients and optimizer state cut over dp_shard x cp by `cut`."""
-    axis = mesh.axis("dp_shard", "cp")
+    over, units = summed_over(program.model, mesh, *AXES), cut_units(program.model)
     compute = cast(torch.dtype, program.model.dtype)
-    units = cut_units(program.model)
     reshard_after_forward &= program.config.mesh.pp.degree == 1  # a pipeline would gather anew for each microbatch
     dtype = torch.promote_types(compute, torch.float32) if adds_up(program.config, each=each) else compute
-    shards = [Shard(unit, cut, axis, program, compute, dtype) for unit in units]
+    of_unit = [[Shard(part, cut, axis, program, compute, dtype) for part, axis in parts(unit, over)] for unit in units]
+    shards = [shard for some in of_unit for shard in some]
+    home = [number for number, some in enumerate(of_unit) for _ in some]
     replace_parameters(program.model, {name: p for shard in shards for name, p in shard.bucket.params.items()})
-    sums = ScatterSum(axis, mesh.axis("dp_replicate"), shards[0].part.dtype)
+    sums = ScatterSum([shard.axis for shard in shards], mesh.axis("dp_replicate"), shards[0].part.dtype)
 
     def use(number: int, following: int) -> None:
-        shards[number].use()
-        if prefetch and 0 <= following < len(shards):
-            shards[following].start()
+        for shard in of_unit[number]:
+            shard.use()
+        for shard in of_unit[following] if prefetch and 0 <= following < len(units) else ():
+            shard.start()
 
     def watch(number: int, unit: Unit) -> None:
         def before(module: nn.Module, args: Any) -> None:
@@ -158,7 +172,8 @@ def gather_on_use(
                 out.register_hook(lambda grad: enter_backward(number))
                 if unit.kept or not reshard_after_forward or number in busy:
                     return
-            shards[number].free()
+            for shard in of_unit[number]:
+                shard.free()
 
         for module in unit.modules:
             module.register_forward_pre_hook(before, prepend=True)  # other hooks may read the parameters
@@ -183,7 +198,7 @@ def gather_on_use(
         number = len(shards) - 1 - reverse
         if final or reshard_after_forward:
             shards[number].free()
-        busy.discard(number)
+        busy.discard(home[number])
         if final or each:
             sums.launch(number, shards[number].bucket.take(), shards[number].sizes, final)
 
@@ -192,14 +207,14 @@ def gather_on_use(
             return
         sums.finish()
         for number, shard in enumerate(shards):
-            for name, grad in shard.partition.pieces(sums.sums.pop(number), axis.rank).items():
+            for name, grad in shard.partition.pieces(sums.sums.pop(number), shard.axis.rank).items():
                 shard.pieces[name].grad = grad
 
     sharded = replace(
         program,
         parameters={name: piece for shard in shards for name, piece in shard.pieces.items()},
         layout={
-            name: shard.partition.layout(name, axis.rank, program.layout[name], axis.names)
+            name: shard.partition.layout(name, shard.axis.rank, program.layout[name], shard.axis.names)
             for shard in shards
             for name in shard.pieces
         },
@@ -218,24 +233,22 @@ def predict_units(
     model: nn.Module, mesh: Mesh, cut: Cut, config: Config, *, reshard_after_forward: bool, each: bool
 ) -> Prediction:
     """Bytes that this rank sends in one step and holds after it, with units cut by `cut`."""
-    axis, replicate = mesh.axis("dp_shard", "cp"), mesh.axis("dp_replicate")
+    over, replicate = summed_over(model, mesh, *AXES), mesh.axis("dp_replicate")
     item = next(model.parameters()).element_size()
     short = 2 if config.train.dtype == "bfloat16" else item  # what is gathered, and what backward yields
     passes = config.passes
     reshard_after_forward &= config.mesh.pp.degree == 1
-    gathered = reduced = held = 0
-    replicas = 0.0
-    for unit in cut_units(model):
+    traffic: dict[str, float] = defaultdict(float)
+    held = 0
+    for unit, axis in (one for whole in cut_units(model) for one in parts(whole, over)):
         sizes = cut(unit.params, axis.size).sizes
         part, whole = sizes[axis.rank], sum(sizes)
         twice = reshard_after_forward and not unit.kept and unit.name != "embed"
         uses = passes * (1 + twice) if reshard_after_forward else 1
-        gathered += uses * (axis.size - 1) * part * short
-        reduced += (passes if each else 1) * (whole - part) * (item if adds_up(config, each=each) else short)
-        replicas += ring_bytes(part * item, replicate.size)
+        traffic[f"all_gather {axis.name}"] += uses * (axis.size - 1) * part * short
+        reduced = (passes if each else 1) * (whole - part) * (item if adds_up(config, each=each) else short)
+        traffic[f"reduce_scatter {axis.name}"] += reduced
+        traffic[f"all_reduce {replicate.name}"] += ring_bytes(part * item, replicate.size)
         held += part * item
-    traffic: dict[str, float] = {f"all_gather {axis.name}": gathered, f"reduce_scatter {axis.name}": reduced}
-    if replicate.size > 1:
-        traffic[f"all_reduce {replicate.name}"] = replicas
     memory = {"parameters": held, "gradients": held, "optimizer": state_copies(config.train) * held}
     return Prediction(traffic, memory)

@@ -26,12 +26,16 @@ class Difference(BaseModel):
 
 
 class Amount(BaseModel):
-    """Bytes as predicted by the strategy's formula and as measured; one entry a rank where ranks differ."""
+    """Bytes as predicted by the strategy's formula and as measured; one entry a rank where ranks differ.
+
+    With `least`, the data decide: `predicted` are the most.
+    """
 
     model_config = PLAIN
 
     predicted: list[int]
     measured: list[int]
+    least: list[int] = []
 
 
 class Span(BaseModel):

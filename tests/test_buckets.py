@@ -173,7 +173,7 @@ def test_hooks_of_the_program_before_are_called_too() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scattered_sums_add_up_over_passes(dtype: torch.dtype) -> None:
     alone = Axis(("dp",), 1, 0)
-    sums = ScatterSum(alone, alone, dtype)
+    sums = ScatterSum([alone] * 5, alone, dtype)
     for value in (1.0, 2.0, 4.0):
         for number in range(5):
             sums.launch(number, torch.full((3,), value * (number + 1)), [3], final=value == 4.0)

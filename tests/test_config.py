@@ -193,9 +193,12 @@ def test_a_wrong_override_is_named(tmp_path: Path, item: str, text: str) -> None
 
 def test_degrees_multiply_to_the_world() -> None:
     mesh = Mesh.model_validate({"dp": {"degree": 8, "replicas": 2}})
-    assert mesh.degrees == {"pp": 1, "dp_replicate": 2, "dp_shard": 4, "cp": 1, "tp": 1}
+    assert mesh.degrees == {"pp": 1, "dp_replicate": 2, "dp_shard": 4, "ep": 1, "cp": 1, "tp": 1}
     assert mesh.world == 8
     assert str(mesh) == "dp 2x4"
+    carved = Mesh.model_validate({"dp": {"degree": 8, "replicas": 2}, "ep": {"degree": 2}})
+    assert (carved.degrees["dp_shard"], carved.degrees["ep"], carved.world) == (2, 2, 8)
+    assert str(carved) == "dp 2x4, ep 2"
     assert str(Mesh()) == "-"
 
 

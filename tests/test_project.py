@@ -163,7 +163,7 @@ def test_a_config_can_be_planned(path: Path) -> None:
     config = load(path)
     assert isinstance(config, Config)
     axes = {planned.strategy.AXIS for planned in plan(config)}
-    assert axes >= {axis for axis in ("pp", "dp", "cp", "tp") if getattr(config.mesh, axis).degree > 1}
+    assert axes >= {axis for axis in ("pp", "dp", "ep", "cp", "tp") if getattr(config.mesh, axis).degree > 1}
     assert bool(axes) == (config.mesh.world > 1)
     assert path.read_text().startswith(f"# {config.mesh.world} rank"), "its first line says what it is"
 

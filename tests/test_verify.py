@@ -17,9 +17,9 @@ from sandbox.verdict import Difference
 from sandbox.verify import Case, Verdict, Verdicts, fixture, verifier
 from sandbox.verify import diagnose as diagnose_module
 from sandbox.verify.capture import Piece, Pieces
+from sandbox.verify.cases import alone
 from sandbox.verify.compare import Whole, assemble, differences, spread
 from sandbox.verify.diagnose import Findings, diagnose
-from sandbox.verify.matrix import alone
 
 unit, parity = pytest.mark.unit, pytest.mark.parity
 

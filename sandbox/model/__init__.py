@@ -3,6 +3,20 @@
 from sandbox.model.attention import Attention, attend, visible
 from sandbox.model.init import build, initial
 from sandbox.model.loss import loss_sum
+from sandbox.model.moe import Experts, MoE, mixtures, routing_losses
 from sandbox.model.transformer import Block, Transformer
 
-__all__ = ["Attention", "Block", "Transformer", "attend", "build", "initial", "loss_sum", "visible"]
+__all__ = [
+    "Attention",
+    "Block",
+    "Experts",
+    "MoE",
+    "Transformer",
+    "attend",
+    "build",
+    "initial",
+    "loss_sum",
+    "mixtures",
+    "routing_losses",
+    "visible",
+]

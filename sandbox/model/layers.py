@@ -86,7 +86,7 @@ class MLP(nn.Module):
         self.linears: Linears = each
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
+        """[..., D] -> [..., D]."""
         if self.gate is None:
             (up,) = self.linears(x, self.up)
             hidden = F.gelu(up)

@@ -8,12 +8,15 @@ from sandbox.config import Model
 from sandbox.model.attention import Attention
 from sandbox.model.dropout import Dropout
 from sandbox.model.layers import MLP, Embedding, Linear, norm
+from sandbox.model.moe import MoE
 
 __all__ = ["Block", "Transformer"]
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to the residual stream."""
+    """Attention and MLP, or a mixture of several, each added to the residual stream."""
+
+    mlp: MLP | MoE
 
     def __init__(self, config: Model, index: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -21,13 +24,15 @@ class Block(nn.Module):
         self.attention = Attention(config, dtype)
         self.dropout1 = Dropout(config.dropout, site=2 * index + 1)
         self.norm2 = norm(config, config.width, dtype)
-        self.mlp = MLP(config, dtype)
+        self.mlp = MoE(config, dtype) if config.has_experts(index) else MLP(config, dtype)
         self.dropout2 = Dropout(config.dropout, site=2 * index + 2)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
         x = x + self.dropout1(self.attention(self.norm1(x), batch), batch)
-        out: Tensor = x + self.dropout2(self.mlp(self.norm2(x)), batch)
+        hidden = self.norm2(x)
+        hidden = self.mlp(hidden, batch) if isinstance(self.mlp, MoE) else self.mlp(hidden)
+        out: Tensor = x + self.dropout2(hidden, batch)
         return out
 
 

@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 NONE = "\u2013"
+WITHIN = "≤ 1"
 """A dash, where there is nothing to say."""
 
 MARKS = {"held": "✓", "mismatch": "✗", "failed": "✗", "unsupported": NONE}
@@ -53,12 +54,15 @@ def duration(seconds: float) -> str:
 
 
 def factor(amounts: Iterable[Amount]) -> str:
-    """Measured over predicted bytes: `1` where every figure is as predicted, `1.03`, a dash with nothing to compare."""
+    """Measured over predicted bytes: `1` where every figure is as predicted, `1.03`, a dash with nothing to compare.
+
+    Where the data decide, `≤ 1`: all is within what was predicted.
+    """
     amounts = list(amounts)
     if not amounts:
         return NONE
     if all(_same(amount) for amount in amounts):
-        return "1"
+        return "1" if all(amount.least in ([], amount.predicted) for amount in amounts) else WITHIN
     # Per-amount means, since either side may say one figure for all ranks.
     measured, predicted = (
         sum(sum(side) / len(side) for a in amounts if (side := getattr(a, name))) for name in ("measured", "predicted")
@@ -125,4 +129,5 @@ def _plural(count: int, one: str, many: str) -> str:
 
 def _same(amount: Amount) -> bool:
     ranks = max(len(amount.predicted), len(amount.measured))
-    return spread(amount.predicted, ranks) == spread(amount.measured, ranks)
+    sides = (spread(side, ranks) for side in (amount.least or amount.predicted, amount.measured, amount.predicted))
+    return all(low <= value <= high for low, value, high in zip(*sides, strict=True))

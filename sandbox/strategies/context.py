@@ -16,6 +16,7 @@ Bytes sent by a rank of n in one layer and one step (Q: its queries, K: its keys
     ring       send           (n-1) K forward; backward (n-1) K again, and (n-1) K of gradients
     gather     all_gather     (n-1) K forward; backward reduce_scatter (n-1) K
     ulysses    all_to_all     (n-1)/n (Q + K) and (n-1)/n Q forward, and the same backward
+    experts    all_reduce     2 (n-1)/n of B E counts forward: which experts a row's valid tokens chose
 
 With `train.recompute` all of forward is sent once more. A ring holds one block of others at a time and gathers nothing,
 whatever the length of the sequence. In bfloat16 its gradients of keys travel as float32. Ulysses needs a number of
@@ -34,7 +35,7 @@ al., "DeepSpeed Ulysses", 2023.
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -45,12 +46,12 @@ from torch import Tensor, nn
 
 from sandbox.batch import Batch
 from sandbox.blockwise import Share
-from sandbox.comm import Axis, all_to_all
+from sandbox.comm import Axis, all_reduce, all_to_all, ring_bytes
 from sandbox.config import Config
 from sandbox.config import Options as Base
 from sandbox.errors import ConfigError
 from sandbox.mesh import Mesh
-from sandbox.model import Attention
+from sandbox.model import Attention, MoE, mixtures
 from sandbox.model.attention import Core
 from sandbox.predict import Prediction
 from sandbox.program import Program
@@ -94,11 +95,19 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
                 "ulysses": partial(ulysses, module.core, axis),
             }[options.kind]
 
+    for moe in mixtures(program.model):
+        moe.across = partial(over_columns, moe.across, axis)
+
     def shard_batch(batch: Batch) -> Batch:
         whole = program.shard_batch(batch)
         return Share.of(whole, columns(len(whole.columns), axis.size, options.order), axis.rank)
 
     return replace(program, shard_batch=shard_batch)
+
+
+def over_columns(inner: Callable[[Tensor], Tensor], axis: Axis, counts: Tensor) -> Tensor:
+    """What is counted in a row, over all its columns."""
+    return all_reduce(inner(counts), axis).wait()
 
 
 def columns(sequence: int, ranks: int, order: str) -> list[Tensor]:
@@ -186,6 +195,10 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
     item, sums = {"float64": (8, 8), "float32": (4, 4), "bfloat16": (2, 4)}[train.dtype]
     traffic: dict[str, float] = defaultdict(float)
     for module in model.modules():
+        if isinstance(module, MoE):
+            counts = rows * config.model.experts * (8 if item == 8 else 4)
+            counted = 2 if train.recompute == "full" else 1
+            traffic[f"all_reduce {axis.name}"] += counted * ring_bytes(counts, axis.size)
         if not isinstance(module, Attention):
             continue
         column = rows * module.head_width  # elements of one head in a column, in all rows

@@ -11,18 +11,20 @@
 Bytes sent by a rank in one step: 2 (n-1)/n P, the least an all-reduce can send (n ranks, P bytes of gradients), and M
 times that if every one of M microbatches is synchronised. Memory: parameters, gradients and optimizer state in full.
 
-The sum is taken over dp x cp: parameters are replicated over both.
+The sum is taken over dp x cp: parameters are replicated over both. Of experts that are cut over ep, a part of dp, it is
+taken over the rest.
 
 Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", VLDB 2020.
 """
 
+from collections import defaultdict
 from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from sandbox.buckets import cut_buckets, reduce_in_backward
+from sandbox.buckets import cut_buckets, reduce_in_backward, summed_over
 from sandbox.comm import Pending, all_reduce, ring_bytes
 from sandbox.config import Config
 from sandbox.config import Options as Base
@@ -31,6 +33,7 @@ from sandbox.predict import Prediction, bytes_of, state_copies
 from sandbox.program import Program, materialise, shard_rows
 
 AXIS = "dp"
+AXES = ("dp_replicate", "dp_shard", "ep", "cp")
 
 
 class Options(Base):
@@ -42,14 +45,14 @@ class Options(Base):
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` with its rows cut over dp and its gradients summed over dp x cp."""
-    axis = mesh.axis("dp_replicate", "dp_shard", "cp")
+    over = summed_over(program.model, mesh, *AXES)
     params = materialise(program)
-    buckets = cut_buckets(params, options.bucket_mb)
+    buckets = cut_buckets(params, options.bucket_mb, over)
     reduced: dict[int, Tensor] = {}  # sums of earlier microbatches, with sync "each"
     pending: list[tuple[int, Pending]] = []
 
     def launch(number: int, final: bool) -> None:
-        pending.append((number, all_reduce(buckets[number].take(), axis)))
+        pending.append((number, all_reduce(buckets[number].take(), over(buckets[number].first))))
 
     def finish(final: bool) -> None:
         for number, reduction in pending:
@@ -67,12 +70,14 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
 
 def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
     """Bytes sent in one step and held after it, by this rank."""
-    axis = mesh.axis("dp_replicate", "dp_shard", "cp")
-    params = dict(model.named_parameters())
+    over, params = summed_over(model, mesh, *AXES), dict(model.named_parameters())
     whole = bytes_of(params.values())
     rounds = config.passes if options.sync == "each" else 1
-    sent = sum(ring_bytes(bytes_of(b.params.values()), axis.size) for b in cut_buckets(params, options.bucket_mb))
+    traffic: dict[str, float] = defaultdict(float)
+    for bucket in cut_buckets(params, options.bucket_mb, over):
+        axis = over(bucket.first)
+        traffic[f"all_reduce {axis.name}"] += rounds * ring_bytes(bytes_of(bucket.params.values()), axis.size)
     return Prediction(
-        traffic={f"all_reduce {axis.name}": rounds * sent},
+        traffic=traffic,
         memory={"parameters": whole, "gradients": whole, "optimizer": state_copies(config.train) * whole},
     )

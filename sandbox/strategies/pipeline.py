@@ -51,7 +51,7 @@ from sandbox.config import Options as Base
 from sandbox.errors import ConfigError
 from sandbox.mail import Mail
 from sandbox.mesh import Mesh
-from sandbox.model import Transformer
+from sandbox.model import Transformer, routing_losses
 from sandbox.orders import LOOPED, VS, Action
 from sandbox.partition import even
 from sandbox.predict import Prediction, bytes_of, state_copies
@@ -152,7 +152,7 @@ class Pipeline:
         self.closing: dict[str, None] = {}  # parameters whose gradient the action under way completes
 
     def forward_backward(self, program: Program, microbatches: list[Batch], valid: float) -> Tensor:
-        """Run the schedule -> this rank's share of the loss: on the rank of the last stage all, elsewhere 0."""
+        """Run the schedule -> this rank's share of the loss: the last stage's, and what its routers add."""
         self._start(program, microbatches)
         program.begin(True)
         closing = completed(program.model, [self._views[action.stage] for action in self.order], besides=self.tied)
@@ -190,14 +190,13 @@ class Pipeline:
         self._program, self._batches = program, batches
         self._views = {stage: view(model, self.stages[stage]) for stage in self.schedule.held(self.axis.rank)}
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
-        self._live: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}  # input and output
+        self._live: dict[tuple[int, int], tuple[Tensor | None, Tensor, list[Tensor]]] = {}  # input, output, routing
         self._later: dict[tuple[int, int], WeightsLater] = {}
         self.mail.open([len(batch.rows) for batch in batches], model.dtype, device)
 
     def _forward(self, action: Action, valid: float) -> None:
         _, stage, number = action
-        batch, x = self._batches[number], self.mail.take(action)
-        training = torch.is_grad_enabled()
+        batch, x, training = self._batches[number], self.mail.take(action), torch.is_grad_enabled()
         if x is not None and training:
             x.requires_grad_()
         if training and (stage, number) in self.schedule.split:
@@ -210,14 +209,15 @@ class Pipeline:
             self._loss += out.detach()
         else:
             self.mail.hand(Action("F", stage + 1, number), out.detach())
+        routing = [loss / valid for loss in routing_losses(self._views[stage])]
+        self._loss += sum(loss.detach() for loss in routing)
         if training:
-            self._live[stage, number] = x, out
+            self._live[stage, number] = x, out, routing
 
     def _backward(self, action: Action) -> None:
         _, stage, number = action
-        x, out = self._live.pop((stage, number))
-        grad = self.mail.take(action)
-        torch.autograd.backward(out, grad)
+        (x, out, routing), grad = self._live.pop((stage, number)), self.mail.take(action)
+        torch.autograd.backward([out, *routing], [grad, *(None for _ in routing)])
         if x is not None:
             assert x.grad is not None
             self.mail.hand(Action("B", stage - 1, number), x.grad)

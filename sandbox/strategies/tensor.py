@@ -1,11 +1,11 @@
 """Tensor parallelism: every matrix is cut, so that a block needs one sum over the ranks for each of its two halves.
 
     tensor                       before         in use
-    q, k, v, gate, up W, b       W[F_tp, D]     its own heads or hidden features, of a whole input
+    q, k, v, gate, up W, b       W[F_tp, D]     its own heads or hidden features, of a whole input; in experts too
     o, down           W          W[D, F_tp]     from its own heads or features, a term of the sum
     o, down           b          b[D]           added once, after the sum
     embedding, head   W          W[V_tp, D]     its own words
-    norm1, norm2, norm           w[D]
+    norm1, norm2, norm, router   w[D], W[E, D]
     q_norm, k_norm               w[E]           on its own heads: gradient {U_tp}, then summed
     hidden state      X          X[B, S, D]     with `sequence`, X[B, S_tp, D] outside attention, MLP and head
     logits            Y          Y[B, S, V_tp]  never gathered
@@ -19,6 +19,10 @@ Bytes sent by a rank for each microbatch: n ranks, L blocks, X bytes of hidden s
     all_reduce       2 (n-1)/n X (4 L + 2)    twice a block in forward and in backward; embedding, input of the head
     all_gather       2 (n-1) B S numbers      the loss: from each rank, log-sum-exp and the target's logit
     all_reduce       2 (n-1)/n w              gradients of shared weights, one sum a block
+
+Of a mixture of experts each expert is cut like an MLP, and their sum over ranks is taken once, of the weighted results.
+So of the gate weights' gradient each rank has a term: all_reduce 2 (n-1)/n of B S top_k numbers. The router sees whole
+columns on every rank; with `sequence` what it and the experts see is gathered once, and kept.
 
 With `sequence: true` (Megatron's sequence parallelism) what lies between attention, MLP and head is cut by columns.
 Each all_reduce of X becomes a reduce_scatter and an all_gather, (n-1)/n X each; and the input of q, k, v, of gate, up
@@ -42,23 +46,25 @@ from typing import cast
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from sandbox.comm import Axis, ring_bytes
 from sandbox.config import Config, Model
 from sandbox.config import Options as Base
 from sandbox.errors import ConfigError
 from sandbox.mesh import Mesh
-from sandbox.model import Block, Transformer
+from sandbox.model import Block, MoE, Transformer, mixtures
+from sandbox.model.attention import Attention
 from sandbox.model.dropout import Dropout
+from sandbox.model.layers import MLP
 from sandbox.partition import own
 from sandbox.predict import Prediction, bytes_of, state_copies
 from sandbox.program import Program, replace_parameters
-from sandbox.regions import Border, Weights, share_weights, vocabulary_loss
+from sandbox.regions import Border, Weights, share, share_weights, vocabulary_loss
+from sandbox.row_parallel import add_once, look_up_own, sum_rows
 from sandbox.strategies import context
 
-__all__ = ["AXIS", "Options", "apply", "check", "predict"]
+__all__ = ["AXIS", "Options", "apply", "check", "halves", "predict"]
 
 AXIS = "tp"
 
@@ -158,9 +164,13 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     if model.embed is not None:
         look_up_own(model.embed, words, model.dtype, border)
     for block in cast("list[Block]", list(model.blocks.values())):
-        for region, last in ((block.attention, block.attention.o), (block.mlp, block.mlp.down)):
+        for region, last in halves(block):
             region.linears = border.linears
             sum_rows(last, border)
+    for moe in mixtures(model):
+        moe.enter, moe.weigh, moe.leave = border.enter, lambda weights: share(axis, weights)[0], border.leave
+        for expert in moe.experts.values():
+            add_once(cast(MLP, expert).down, axis)
     if (head := model.head) is not None:
         head.forward = lambda x: border.linears(x, head)[0]  # type: ignore[method-assign]
     for within, weights, over in shared(model, options, axis, holders):
@@ -189,7 +199,7 @@ def shared(
         attention = block.attention
         weights = all_of(attention.q_norm, attention.k_norm)
         if options.sequence:
-            biased = [layer for layer in (attention.o, block.mlp.down) if layer.bias is not None]
+            biased = [layer for _, layer in halves(block) if layer.bias is not None]
             weights += [*all_of(block.norm1, block.norm2), *((layer, "bias") for layer in biased)]
         yield block, weights, axis
         yield block, all_of(attention.k, attention.v), holders
@@ -197,25 +207,10 @@ def shared(
         yield model.norm, all_of(model.norm), axis
 
 
-def sum_rows(linear: nn.Linear, border: Border) -> None:
-    """Make a linear, whose input features are cut, sum over the ranks; its bias is added after that, once."""
-
-    def forward(x: Tensor) -> Tensor:
-        out = border.leave(F.linear(x, linear.weight.to(x.dtype)))
-        return out if linear.bias is None else out + linear.bias.to(x.dtype)
-
-    linear.forward = forward  # type: ignore[method-assign, assignment]
-
-
-def look_up_own(embed: nn.Embedding, words: range, dtype: torch.dtype, border: Border) -> None:
-    """Make an embedding look up the words that it has. Others give zero: one rank's term is the sum, in any `dtype`."""
-
-    def forward(tokens: Tensor) -> Tensor:
-        elsewhere = (tokens < words.start) | (tokens >= words.stop)
-        rows = F.embedding((tokens - words.start).masked_fill(elsewhere, 0), embed.weight)
-        return border.leave(rows.to(dtype).masked_fill(elsewhere[..., None], 0.0))
-
-    embed.forward = forward  # type: ignore[method-assign, assignment]
+def halves(block: Block) -> list[tuple[Attention | MLP, nn.Linear]]:
+    """What is entered by linears that share an input, and left by the sum of one linear's outputs: no mixture is."""
+    attention = (block.attention, block.attention.o)
+    return [attention] if isinstance(block.mlp, MoE) else [attention, (block.mlp, block.mlp.down)]
 
 
 def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
@@ -226,12 +221,13 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
     parts = list(shared(model, options, axis, mesh.part(AXIS, alike.start, alike.stop)))
     first = mesh.axis("pp").rank == 0  # a tied head keeps the embedding on a stage that does not run it
     last, blocks, again = model.head is not None, len(model.blocks), config.train.recompute
+    mixed = len(list(mixtures(model)))
     mine = len(own(columns := context.held(mesh, config), axis.size, axis.rank))
     batch = len(own(config.train.batch, mesh.data.size, mesh.data.rank))
     width = config.model.width * model.dtype.itemsize
     wide = torch.promote_types(model.dtype, torch.float32).itemsize
     regions, ends = {"none": (0, 0), "selective": (1, 0), "full": (2, 2 if config.model.dropout else 1)}[again]
-    gathers = (6 + regions) * blocks + first + 2 * last
+    gathers = (6 + regions) * blocks - mixed + first + 2 * last
     sums = (4 + ends) * blocks + first + last
     traffic: dict[str, float] = defaultdict(float)
     for number in range(config.train.microbatches):
@@ -241,6 +237,7 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
             traffic[f"reduce_scatter {AXIS}"] += sums * rows * (columns - mine) * width
         else:
             traffic[f"all_reduce {AXIS}"] += sums * ring_bytes(rows * columns * width, axis.size)
+        traffic[f"all_reduce {AXIS}"] += mixed * ring_bytes(rows * columns * config.model.top_k * wide, axis.size)
         traffic[f"all_gather {AXIS}"] += last * (axis.size - 1) * 2 * rows * columns * wide
         for _, weights, over in parts:
             size = bytes_of(layer.get_parameter(name) for layer, name in weights)

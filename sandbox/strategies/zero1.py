@@ -13,10 +13,12 @@ parameters, together what an all_reduce sends (n ranks, P bytes of parameters). 
 Memory: parameters and gradients in full, 1/n of the optimizer's state: (2 + K/n) P.
 
 The parameters of a bucket lie in one flat tensor, so that gathering writes them where they are used: no copies.
+Experts that are cut over ep, a part of dp, have buckets of their own, cut over the rest of dp.
 
 Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020, 5.1.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -24,7 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sandbox.buckets import Bucket, ScatterSum, cut_buckets, reduce_in_backward
+from sandbox.buckets import Bucket, ScatterSum, cut_buckets, reduce_in_backward, summed_over
 from sandbox.comm import Axis, Pending, all_gather, ring_bytes
 from sandbox.config import Config
 from sandbox.config import Options as Base
@@ -35,6 +37,7 @@ from sandbox.predict import Prediction, bytes_of, state_copies
 from sandbox.program import Program, materialise, shard_rows
 
 AXIS = "dp"
+AXES = ("dp_shard", "ep", "cp")
 
 
 class Options(Base):
@@ -81,8 +84,9 @@ class Shard:
 
 def shard_optimizer(program: Program, mesh: Mesh, megabytes: float) -> tuple[Program, list[Shard]]:
     """Cut what the optimizer updates over dp_shard x cp; after each step, gather the parameters."""
-    axis = mesh.axis("dp_shard", "cp")
-    shards = [Shard.of(bucket, axis) for bucket in cut_buckets(materialise(program), megabytes)]
+    over = summed_over(program.model, mesh, *AXES)
+    buckets = cut_buckets(materialise(program), megabytes, over)
+    shards = [Shard.of(bucket, over(bucket.first)) for bucket in buckets]
 
     def refresh() -> None:
         program.refresh()
@@ -102,7 +106,7 @@ def shard_optimizer(program: Program, mesh: Mesh, megabytes: float) -> tuple[Pro
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` with the optimizer's state cut over dp_shard x cp."""
     sharded, shards = shard_optimizer(program, mesh, options.bucket_mb)
-    sums = ScatterSum(mesh.axis("dp_shard", "cp"), mesh.axis("dp_replicate"), shards[0].flat.dtype)
+    sums = ScatterSum([shard.axis for shard in shards], mesh.axis("dp_replicate"), shards[0].flat.dtype)
     full: dict[int, Tensor] = {}  # gradients stay whole in stage 1
 
     def launch(number: int, final: bool) -> None:
@@ -133,15 +137,14 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
 
 def shard_traffic(model: nn.Module, mesh: Mesh, megabytes: float, rounds: int) -> tuple[dict[str, float], int]:
     """Bytes by collective if gradients are reduced `rounds` times a step, and bytes of this rank's part."""
-    axis, replicate = mesh.axis("dp_shard", "cp"), mesh.axis("dp_replicate")
-    params = dict(model.named_parameters())
-    item = next(iter(params.values())).element_size()
-    parts = [by_ranges(b.params, axis.size).sizes[axis.rank] * item for b in cut_buckets(params, megabytes)]
-    whole, part = bytes_of(params.values()), sum(parts)
-    traffic: dict[str, float] = {
-        f"reduce_scatter {axis.name}": rounds * (whole - part),
-        f"all_gather {axis.name}": (axis.size - 1) * part,
-    }
-    if replicate.size > 1:
-        traffic[f"all_reduce {replicate.name}"] = sum(ring_bytes(own, replicate.size) for own in parts)
+    over, replicate = summed_over(model, mesh, *AXES), mesh.axis("dp_replicate")
+    traffic: dict[str, float] = defaultdict(float)
+    part = 0
+    for bucket in cut_buckets(dict(model.named_parameters()), megabytes, over):
+        axis, whole = over(bucket.first), bytes_of(bucket.params.values())
+        own = by_ranges(bucket.params, axis.size).sizes[axis.rank] * bucket.params[bucket.first].element_size()
+        traffic[f"reduce_scatter {axis.name}"] += rounds * (whole - own)
+        traffic[f"all_gather {axis.name}"] += (axis.size - 1) * own
+        traffic[f"all_reduce {replicate.name}"] += ring_bytes(own, replicate.size)
+        part += own
     return traffic, part

@@ -41,7 +41,7 @@ class Options(Base):
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` with optimizer state and gradients cut over dp_shard x cp."""
     sharded, shards = shard_optimizer(program, mesh, options.bucket_mb)
-    sums = ScatterSum(mesh.axis("dp_shard", "cp"), mesh.axis("dp_replicate"), shards[0].flat.dtype)
+    sums = ScatterSum([shard.axis for shard in shards], mesh.axis("dp_replicate"), shards[0].flat.dtype)
 
     def launch(number: int, final: bool) -> None:
         sums.launch(number, shards[number].bucket.take(), shards[number].partition.sizes, final)

@@ -25,8 +25,8 @@ from torch import Tensor
 from sandbox.config import Config
 from sandbox.errors import SandboxError, UnsupportedError
 from sandbox.measure import align
-from sandbox.model import loss_sum
 from sandbox.plan import name_of, predict
+from sandbox.program import training_loss
 from sandbox.runtime import Member, launch
 from sandbox.trainer import Trainer
 from sandbox.verdict import Amount, Difference, Verdict
@@ -155,8 +155,9 @@ class Verifier:
             amounts="",
         )
         predictions = predict(config)
-        verdict.traffic = _amounts([p.traffic for p in predictions], [r.traffic for r in ranks])
-        verdict.memory = _amounts([p.memory for p in predictions], [r.memory for r in ranks])
+        least = [p.least for p in predictions]
+        verdict.traffic = _amounts([p.traffic for p in predictions], [r.traffic for r in ranks], least)
+        verdict.memory = _amounts([p.memory for p in predictions], [r.memory for r in ranks], [])
         found = replace(found, amounts=_unexpected(verdict.traffic, "sent") or _unexpected(verdict.memory, "held"))
         verdict.tolerance = found.tolerance
         verdict.losses, verdict.reference_losses = losses, expected
@@ -192,8 +193,8 @@ def _reference_runs(member: Member, config: Config) -> tuple[list[Capture], list
 def _row_losses(trainer: Trainer) -> list[RowLoss]:
     """Each row's loss in the first step."""
     batch = trainer.batch()
-    rows = [(row, trainer.program.model.train()(row)) for row in batch.split_rows(len(batch.rows))]
-    return [(loss_sum(logits, row.targets).item(), row.valid) for row, logits in rows]
+    trainer.program.model.train()
+    return [(training_loss(trainer.program, row).item(), row.valid) for row in batch.split_rows(len(batch.rows))]
 
 
 @torch.no_grad()
@@ -261,11 +262,11 @@ def _rows(ranks: Sequence[Capture], reference: Capture) -> str:
         wanted = dict(expected)
         for stage in sorted({(rank.place["pp"], rank.place["tp"]) for rank in ranks}):
             seen: dict[int, int] = defaultdict(int)
-            owners: dict[int, set[tuple[int, int]]] = defaultdict(set)
+            owners: dict[int, set[tuple[int, ...]]] = defaultdict(set)
             for rank in (rank for rank in ranks if (rank.place["pp"], rank.place["tp"]) == stage):
                 for row, checksum in rank.tokens[step]:
                     seen[row] += checksum
-                    owners[row].add((rank.place["dp_replicate"], rank.place["dp_shard"]))
+                    owners[row].add(tuple(rank.place[axis] for axis in ("dp_replicate", "dp_shard", "ep")))
             twice = sorted(row for row, who in owners.items() if len(who) > 1)
             never = sorted(set(wanted) - set(seen))
             if twice or never or set(seen) - set(wanted):
@@ -316,17 +317,27 @@ def _list(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:4])) + (", ..." if len(numbers) > 4 else "")
 
 
-def _amounts(predicted: Sequence[Mapping[str, float]], measured: Sequence[Mapping[str, int]]) -> dict[str, Amount]:
+def _amounts(
+    predicted: Sequence[Mapping[str, float]],
+    measured: Sequence[Mapping[str, int]],
+    least: Sequence[Mapping[str, float]],
+) -> dict[str, Amount]:
     keys = dict.fromkeys(key for ranks in (predicted, measured) for rank in ranks for key in rank)
     return {
-        key: Amount(predicted=[int(r.get(key, 0)) for r in predicted], measured=[r.get(key, 0) for r in measured])
+        key: Amount(
+            predicted=[int(r.get(key, 0)) for r in predicted],
+            measured=[r.get(key, 0) for r in measured],
+            least=[int(r[key]) for r in least if key in r],
+        )
         for key in keys
     }
 
 
 def _unexpected(amounts: Mapping[str, Amount], verb: str) -> str:
     for key, amount in amounts.items():
-        for rank, (predicted, measured) in enumerate(zip(amount.predicted, amount.measured, strict=True)):
-            if predicted != measured:
-                return f"bytes: rank {rank} {verb} {measured:,} bytes ({key}) where the formula says {predicted:,}."
+        least = amount.least or amount.predicted
+        for rank, (low, measured, high) in enumerate(zip(least, amount.measured, amount.predicted, strict=True)):
+            if not low <= measured <= high:
+                says = f"{high:,}" if low == high else f"{low:,} to {high:,}"
+                return f"bytes: rank {rank} {verb} {measured:,} bytes ({key}) where the formula says {says}."
     return ""

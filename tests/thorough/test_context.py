@@ -20,8 +20,8 @@ from sandbox.plan import find, predict
 from sandbox.predict import Prediction
 from sandbox.runtime import launch
 from sandbox.verify import Case, Verdict
+from sandbox.verify.cases import case
 from sandbox.verify.faults import FAULTS
-from sandbox.verify.matrix import case
 
 context = importlib.import_module("sandbox.strategies.context")
 

@@ -18,7 +18,7 @@ from sandbox.runtime import launch
 from sandbox.schedules import SCHEDULES, peaks
 from sandbox.stages import WeightsLater, completed, cut, keep, view
 from sandbox.verify import Case, Verdict
-from sandbox.verify.matrix import MODEL, TIED, case
+from sandbox.verify.cases import MODEL, TIED, case
 
 pipeline = importlib.import_module("sandbox.strategies.pipeline")
 

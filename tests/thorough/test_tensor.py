@@ -19,8 +19,8 @@ from sandbox.program import Program, unsharded
 from sandbox.regions import share_weights, vocabulary_loss
 from sandbox.runtime import launch
 from sandbox.verify import Verdict
+from sandbox.verify.cases import MODEL, TIED, case
 from sandbox.verify.faults import FAULTS
-from sandbox.verify.matrix import MODEL, TIED, case
 
 tensor = importlib.import_module("sandbox.strategies.tensor")
 

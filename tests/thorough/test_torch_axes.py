@@ -16,7 +16,7 @@ from sandbox.model import build
 from sandbox.plan import plan
 from sandbox.runtime import launch, warm
 from sandbox.verify import Verdict, Verifier
-from sandbox.verify.matrix import MANY, MODEL, TIED, case
+from sandbox.verify.cases import MANY, MODEL, TIED, case
 
 UNIT, PARITY = pytest.mark.unit, pytest.mark.parity
 

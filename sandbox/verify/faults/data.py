@@ -153,7 +153,7 @@ def last_bucket_not_flushed(trainer: Trainer) -> None:
         if number < last:
             launch(sums, number, flat, sizes, final)
             return
-        own = flat.split(sizes)[sums._shard.rank]
+        own = flat.split(sizes)[sums._shards[number].rank]
         sums.sums[number] = sums.sums[number] + own if number in sums.sums else own
 
     patch(ScatterSum, "launch", skip)

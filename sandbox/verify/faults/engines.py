@@ -4,8 +4,8 @@ from typing import Any
 
 from sandbox.engines.torch import pipeline
 from sandbox.trainer import Trainer
+from sandbox.verify.cases import MODEL, TIED
 from sandbox.verify.faults.planting import change, fault, patch
-from sandbox.verify.matrix import MODEL, TIED
 
 SEQUENCE = {"sequence": True}
 

@@ -13,8 +13,8 @@ from sandbox.program import Program
 from sandbox.stages import WeightsLater
 from sandbox.strategies import pipeline
 from sandbox.trainer import Trainer
+from sandbox.verify.cases import TIED
 from sandbox.verify.faults.planting import change, clip_by_own_norm, fault, patch
-from sandbox.verify.matrix import TIED
 
 
 @fault(4, "pytorch/torchtitan/issues/2972", "scale", "pipeline")

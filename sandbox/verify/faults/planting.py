@@ -13,10 +13,10 @@ from torch import Tensor
 
 from sandbox.batch import Batch
 from sandbox.comm import Axis, Event, Pending
-from sandbox.program import Program
+from sandbox.program import Program, training_loss
 from sandbox.trainer import Trainer
 from sandbox.verdict import Verdict
-from sandbox.verify.matrix import alone
+from sandbox.verify.cases import alone
 from sandbox.verify.verifier import Case
 
 __all__ = ["FAULTS", "Fault", "at_once", "change", "change_loss", "clip_by_own_norm", "fault", "patch"]
@@ -90,7 +90,7 @@ def change_loss(trainer: Trainer, normalise: Callable[[Tensor, Batch, float], Te
         total = torch.zeros((), dtype=torch.float64)
         for number, batch in enumerate(batches, 1):
             program.begin(number == len(batches))
-            loss = normalise(program.loss(program.model(batch), batch.targets), batch, valid)
+            loss = normalise(training_loss(program, batch), batch, valid)
             loss.backward()
             program.reduce_grads()
             total += loss.detach()

@@ -18,6 +18,7 @@ from sandbox.model import Block, Transformer, dropout
 from sandbox.model.attention import attend
 from sandbox.partition import own
 from sandbox.regions import share_weights, start_gather, start_scatter
+from sandbox.strategies.tensor import halves
 from sandbox.trainer import Trainer
 from sandbox.verify.faults.planting import at_once, change, clip_by_own_norm, fault, patch
 
@@ -261,7 +262,7 @@ def _bias_before_the_sum(trainer: Trainer, part: Callable[[Tensor, int], Tensor]
 
 
 def _rows(trainer: Trainer) -> Iterable[nn.Linear]:
-    return (linear for block in _blocks(trainer) for linear in (block.attention.o, block.mlp.down))
+    return (linear for block in _blocks(trainer) for _, linear in halves(block))
 
 
 def _blocks(trainer: Trainer) -> Iterable[Block]:

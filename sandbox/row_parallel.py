@@ -1,0 +1,46 @@
+"""Layers of which each rank has some input features or words, so that its output is a term of a sum over the ranks.
+
+Source: Shoeybi et al., "Megatron-LM", 2019 (row-parallel linears, vocabulary-parallel embedding).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sandbox.comm import Axis
+from sandbox.regions import Border
+
+__all__ = ["add_once", "look_up_own", "sum_rows"]
+
+
+def sum_rows(linear: nn.Linear, border: Border) -> None:
+    """Make a linear, whose input features are cut, sum over the ranks; its bias is added after that, once."""
+
+    def forward(x: Tensor) -> Tensor:
+        out = border.leave(F.linear(x, linear.weight.to(x.dtype)))
+        return out if linear.bias is None else out + linear.bias.to(x.dtype)
+
+    linear.forward = forward  # type: ignore[method-assign, assignment]
+
+
+def add_once(linear: nn.Linear, axis: Axis) -> None:
+    """Make a linear, whose output is summed later, add its bias on one rank; on others zero, with the same gradient."""
+
+    def forward(x: Tensor) -> Tensor:
+        bias: Tensor | None = linear.bias
+        if bias is not None:
+            bias = (bias if axis.rank == 0 else bias - bias.detach()).to(x.dtype)
+        return F.linear(x, linear.weight.to(x.dtype), bias)
+
+    linear.forward = forward  # type: ignore[method-assign, assignment]
+
+
+def look_up_own(embed: nn.Embedding, words: range, dtype: torch.dtype, border: Border) -> None:
+    """Make an embedding look up the words that it has. Others give zero: one rank's term is the sum, in any `dtype`."""
+
+    def forward(tokens: Tensor) -> Tensor:
+        elsewhere = (tokens < words.start) | (tokens >= words.stop)
+        rows = F.embedding((tokens - words.start).masked_fill(elsewhere, 0), embed.weight)
+        return border.leave(rows.to(dtype).masked_fill(elsewhere[..., None], 0.0))
+
+    embed.forward = forward  # type: ignore[method-assign, assignment]
