@@ -241,6 +241,8 @@ class Run(Section):
         60.0, description="seconds without an answer until a hang is reported"
     )
     checkpoint_every: Annotated[int, Field(ge=0)] = Field(0, description="steps between checkpoints; 0: none")
+    checkpoint_async: bool = Field(True, description="write checkpoints while the training goes on")
+    checkpoint_keep: Count = Field(2, description="the newest so many stay")
 
 
 class Config(Section):

@@ -5,6 +5,7 @@ the layout and knows nothing of the strategy.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -70,9 +71,37 @@ class Layout:
             index = torch.arange(full.numel()).view(self.shape)[self._slices].reshape(-1)[slice(*self.span)]
             full.view(-1)[index] = local
 
+    def boxes(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The piece as boxes of the logical tensor, (offset, size), that follow one another in the local tensor.
+
+        One, or of a range in a matrix up to three: the end of a row, whole rows, the beginning of a row.
+        """
+        for offset, size in _boxes(self.size, *(self.span or (0, math.prod(self.size)))):
+            yield tuple(map(sum, zip(self.offset, offset, strict=True))), size
+
     @property
     def _slices(self) -> tuple[slice, ...]:
         return tuple(slice(o, o + s) for o, s in zip(self.offset, self.size, strict=True))
+
+
+def _boxes(size: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The elements [start, stop) of a flattened box, as boxes in it, in row-major order."""
+    if start >= stop:
+        return
+    if stop - start == math.prod(size):
+        yield (0,) * len(size), size
+        return
+    width = math.prod(size[1:])
+    first, last = -(-start // width), stop // width
+    row = start // width
+    if start % width:
+        for offset, part in _boxes(size[1:], start % width, min(stop - row * width, width)):
+            yield (row, *offset), (1, *part)
+    if first < last:
+        yield (first, *(0 for _ in size[1:])), (last - first, *size[1:])
+    if last >= first and stop % width:
+        for offset, part in _boxes(size[1:], 0, stop % width):
+            yield (last, *offset), (1, *part)
 
 
 def local(tensor: Tensor) -> Tensor:

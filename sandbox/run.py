@@ -14,6 +14,7 @@ from sandbox import checkpoint
 from sandbox.comm import Recorder
 from sandbox.config import Config
 from sandbox.data import Corpus, bits_per_byte
+from sandbox.errors import CheckpointError
 from sandbox.mesh import Mesh
 from sandbox.model import build
 from sandbox.plan import name_of, plan
@@ -35,22 +36,31 @@ def train(member: Member, config: Config, folder: Path, resume: bool) -> float:
     send({"run": _facts(trainer)})
     every, settings = config.train.eval_every, config.run
     loss = float("nan")
-    for step in trainer.run():
-        send(asdict(step))
-        done = step.step == config.train.steps
-        if done or (every and step.step % every == 0):
-            loss = trainer.validate()
-            send({"step": step.step, "validation_loss": loss, "bits_per_byte": bits_per_byte(loss)})
-        if settings.checkpoint_every and (done or step.step % settings.checkpoint_every == 0):
-            checkpoint.save(trainer, folder / "checkpoints")
+    with checkpoint.Saver(
+        folder / "checkpoints", keep=settings.checkpoint_keep, asynchronous=settings.checkpoint_async
+    ) as saver:
+        for step in trainer.run():
+            send(asdict(step))
+            done = step.step == config.train.steps
+            if done or (every and step.step % every == 0):
+                loss = trainer.validate()
+                send({"step": step.step, "validation_loss": loss, "bits_per_byte": bits_per_byte(loss)})
+            if settings.checkpoint_every and (done or step.step % settings.checkpoint_every == 0):
+                saver.save(trainer)
     return loss
 
 
 def start(config: Config, folder: Path, *, resume: bool = False) -> float:
     """Train as one rank of torchrun, or launch the whole world here -> the last validation loss, in nats a token."""
     plan(config)
+    kept = folder / "checkpoints"
     if resume:
-        checkpoint.latest(folder / "checkpoints")
+        checkpoint.latest(kept)
+    elif kept.exists() and any(kept.iterdir()):
+        raise CheckpointError(
+            f"{kept}: holds checkpoints of an earlier run. Go on from there with --resume, name another --folder, "
+            "or remove it."
+        )
     how: dict[str, Any] = {"timeout": config.run.timeout, "device": device_of(config)}
     with Log(folder, config.train.steps, append=resume) as log:
         if attached():

@@ -20,6 +20,7 @@ from sandbox.comm import Axis, Pending, Recorder, all_gather, all_reduce, reduce
 from sandbox.config import Config, Data, Model, Train
 from sandbox.config import Mesh as MeshConfig
 from sandbox.data import Corpus
+from sandbox.layout import local
 from sandbox.mesh import Mesh
 from sandbox.runtime import Member, launch
 from sandbox.trainer import Trainer
@@ -377,13 +378,13 @@ def resume(member: Member, config: Config, folder: Path) -> list[Any]:
 
 def rest(trainer: Trainer) -> list[Any]:
     losses = [(step.step, step.loss, step.grad_norm, step.lr) for step in trainer.run()]
-    local = {n: checkpoint.local(p.detach()).clone() for n, p in trainer.program.parameters.items()}
+    own = {n: local(p.detach()).clone() for n, p in trainer.program.parameters.items()}
     model = [
-        checkpoint.local(p.detach()).clone()
+        local(p.detach()).clone()
         for p in trainer.program.model.parameters()
-        if checkpoint.local(p).untyped_storage().nbytes()  # to read what is freed is a segmentation fault
+        if local(p).untyped_storage().nbytes()  # to read what is freed is a segmentation fault
     ]
-    return [losses, local, model]
+    return [losses, own, model]
 
 
 def killed_in_the_second_save(member: Member, config: Config, folder: Path) -> None:

@@ -1,0 +1,141 @@
+"""A checkpoint on disk: whole or not there, and still what was written.
+
+It is written as `step-NNNNNN.partial`, sealed by its checksums, and renamed. A folder is never written into twice, and
+one that is to be removed is renamed first. So whenever the writer dies, a folder named `step-NNNNNN` is whole.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sandbox.errors import CheckpointError
+
+__all__ = ["FACTS", "SUMS", "begin", "checksum", "facts", "find", "latest", "problems", "prune", "publish"]
+
+FACTS = "run.json"
+SUMS = "SHA256SUMS"
+"""Checksums of all other files, in the format of `sha256sum`. That it is there says that the save came to its end."""
+
+_NAME = re.compile(r"step-(\d+)")
+_LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)\n")
+
+
+def latest(folder: Path) -> Path:
+    """The newest complete checkpoint in `folder`. Raises CheckpointError if there is none."""
+    found = _complete(folder)
+    if not found:
+        raise CheckpointError(f"{folder}: holds no checkpoint. Train with run.checkpoint_every: N first.")
+    return found[-1]
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that a person means by `path`: itself, or the newest in a folder of checkpoints or of a run."""
+    if (path / SUMS).exists():
+        return path
+    inside = path / "checkpoints"
+    return latest(inside if inside.is_dir() else path)
+
+
+def facts(checkpoint: Path) -> dict[str, Any]:
+    """What run.json says. Raises CheckpointError: it cannot be read."""
+    try:
+        found = json.loads((checkpoint / FACTS).read_text(encoding="utf-8"))
+        if not isinstance(found["step"], int) or not isinstance(found["config"], dict):
+            raise TypeError("step and config are not a number and a mapping")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{checkpoint / FACTS}: is damaged ({error!r}). {_ADVICE}") from None
+    return dict(found)
+
+
+def begin(folder: Path, step: int) -> Path:
+    """Make a fresh folder to write the checkpoint of `step` into; clear away what a killed save has left."""
+    final = folder / f"step-{step:06d}"
+    if final.exists():
+        raise CheckpointError(f"{final}: exists already, and a checkpoint is never overwritten. Remove it first.")
+    for leftover in folder.glob("step-*.*"):
+        shutil.rmtree(leftover)
+    partial = final.with_suffix(".partial")
+    partial.mkdir(parents=True)
+    return partial
+
+
+def publish(partial: Path, about: Mapping[str, Any], sums: Mapping[str, str]) -> Path:
+    """Seal a folder whose files have these checksums, and give it its name."""
+    _write(partial / FACTS, json.dumps(about, indent=1))
+    sums = {**sums, FACTS: checksum(partial / FACTS)}
+    _write(partial / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+    _sync(partial)
+    final = partial.with_suffix("")
+    partial.rename(final)
+    _sync(final.parent)
+    return final
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, at least one."""
+    for old in _complete(folder)[: -max(1, keep)]:
+        shutil.rmtree(old.rename(old.with_suffix(".old")))  # renamed, for half a checkpoint must not look like one
+
+
+def checksum(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with the files, a sentence each; of `parts` ranks, the one numbered `part` reads its share of them.
+
+    Reading costs what SHA-256 does, about a second for a gigabyte, divided by the ranks.
+    """
+    try:
+        text = (checkpoint / SUMS).read_text(encoding="utf-8")
+        present = {entry.name for entry in checkpoint.iterdir()} - {SUMS}
+    except (OSError, UnicodeDecodeError) as error:
+        return [f"{checkpoint / SUMS}: cannot be read ({getattr(error, 'strerror', None) or error}). {_ADVICE}"]
+    sums = {name: digest for digest, name in _LINE.findall(text)}
+    if len(text) != sum(len(digest) + len(name) + 3 for name, digest in sums.items()) or FACTS not in sums:
+        return [f"{checkpoint / SUMS}: is damaged. {_ADVICE}"]
+    found = [f"{checkpoint / name}: is missing. {_ADVICE}" for name in sorted(sums.keys() - present)]
+    found += [f"{checkpoint / name}: is not in {SUMS}. {_ADVICE}" for name in sorted(present - sums.keys())]
+    for name in sorted(sums.keys() & present)[part::parts]:
+        try:
+            if checksum(checkpoint / name) != sums[name]:
+                found.append(f"{checkpoint / name}: is damaged: its checksum is not the one in {SUMS}. {_ADVICE}")
+        except OSError as error:
+            found.append(f"{checkpoint / name}: cannot be read ({error.strerror}). {_ADVICE}")
+    return found
+
+
+_ADVICE = "Remove the checkpoint, and go on from one before."
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Checkpoints, oldest first."""
+    steps = {path: match for path in _entries(folder) if (match := _NAME.fullmatch(path.name))}
+    return sorted((path for path in steps if (path / SUMS).exists()), key=lambda path: int(steps[path][1]))
+
+
+def _entries(folder: Path) -> Iterable[Path]:
+    return folder.iterdir() if folder.is_dir() else ()
+
+
+def _write(file: Path, text: str) -> None:
+    with file.open("x", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Bring names, too, to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,97 @@
+"""What must be the same for a training to go on, and going on."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from sandbox.checkpoint.folder import facts, problems
+from sandbox.checkpoint.state import put, wanted
+from sandbox.checkpoint.storage import Piece, index, read, together
+from sandbox.config import Config, Model
+from sandbox.data import Corpus
+from sandbox.errors import CheckpointError
+from sandbox.trainer import Trainer
+
+__all__ = ["about", "changes", "restore"]
+
+SAME = {
+    "model": tuple(name for name in Model.model_fields if name != "init"),
+    "data": ("sequence", "layout", "mask", "held_out", "text"),
+    "train": ("seed", "batch", "optimizer", "dtype"),
+}
+"""Settings without which it would be another training: other tensors, other numbers, or another order of the data.
+
+Mesh, engine and microbatches are a matter of layout. The rest (steps, rates, decay, clipping) is free to change.
+"""
+
+
+def about(trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    return {"step": trainer.step, "config": _config(trainer)}
+
+
+def restore(trainer: Trainer, checkpoint: Path) -> None:
+    """Bring the trainer to the state that `checkpoint` holds, whatever layout saved it. All ranks call it.
+
+    Raises CheckpointError: damaged, or saved by another training. The trainer is then as it was.
+    """
+    mesh = trainer.mesh
+    found = together(lambda: problems(checkpoint, mesh.rank, mesh.world), None)
+    if wrong := dict.fromkeys(problem for part in found for problem in part):
+        raise CheckpointError("\n".join(wrong))
+    saved = facts(checkpoint)
+    if unlike := _differences(saved["config"], _config(trainer)):
+        raise CheckpointError("\n".join(f"{checkpoint}: {text}" for text in unlike))
+    if trainer.config.engine != "native":  # torch's DDP cuts its buckets anew after its first backward, and rounds so
+        trainer.compute_gradients(trainer.batch())
+        trainer.zero_grad()
+    pieces: dict[str, Piece] = {}
+
+    def fetch() -> None:
+        pieces.update(wanted(trainer, index(checkpoint)))
+        read(checkpoint, pieces)
+
+    together(fetch, None)
+    put(trainer, pieces)
+    trainer.step = saved["step"]
+
+
+def changes(checkpoint: Path, config: Config) -> list[str]:
+    """Settings that are other ones than when `checkpoint` was saved, for people: `train.lr 0.003 -> 0.001`."""
+    before = facts(checkpoint)["config"].get("train", {})
+    now = config.train.model_dump(mode="json")
+    return [
+        f"train.{name} {before[name]} -> {value}" for name, value in now.items() if before.get(name, value) != value
+    ]
+
+
+def _differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    """What stands in the way, a sentence each. What `saved` does not tell is not compared."""
+    return [
+        f"was saved with {section}.{name} {_shown(saved[section][name])}, this run has {_shown(own[section][name])}. "
+        f"Resume with {section}.{name}: {_shown(saved[section][name])}."
+        for section, names in SAME.items()
+        for name in names
+        if name in saved.get(section, {}) and saved[section][name] != own[section][name]
+    ]
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if value in (None, True, False) else str(value)
+
+
+def _config(trainer: Trainer) -> dict[str, Any]:
+    """The config, with what it leaves to be worked out."""
+    config, model = trainer.config.model_dump(mode="json"), trainer.config.model
+    config["model"] |= {"kv_heads": model.groups, "hidden": model.mlp_hidden}
+    config["data"]["text"] = _digest(trainer.corpus)
+    del config["run"], config["data"]["files"]  # where it stood; the text itself is what counts
+    return config
+
+
+def _digest(corpus: Corpus) -> str:
+    """Names a text by its content."""
+    content = hashlib.sha256()
+    for part in (corpus.train, corpus.held_out):
+        content.update(part.tokens.numpy().tobytes())
+    return content.hexdigest()[:16]

@@ -1,0 +1,89 @@
+"""Saving, perhaps while the training goes on.
+
+    training   step ... copy the state | step, step, step ...            | copy ...
+    thread                              | plan, write, checksum, publish |
+
+The copy is all that the training waits for (and an earlier save, if it is still under way). The thread has a process
+group of its own: messages of a save and of a step must not meet.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch.distributed as dist
+
+from sandbox.checkpoint import folder as folders
+from sandbox.checkpoint.resume import about
+from sandbox.checkpoint.state import held
+from sandbox.checkpoint.storage import Piece, together, write
+from sandbox.errors import CheckpointError
+from sandbox.trainer import Trainer
+
+__all__ = ["Saver", "save"]
+
+
+class Saver:
+    """Writes checkpoints to `folder`/step-NNNNNN and keeps the newest `keep`. All ranks make one, and call it alike.
+
+    Use it as a context, or call `wait` at the end: a save under way is not yet one.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2, asynchronous: bool = False) -> None:
+        self.folder, self.keep, self.asynchronous = folder, keep, asynchronous
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._group = _own_group() if asynchronous else None
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            self.wait()  # or else the other ranks may be gone, and the save with them
+
+    def save(self, trainer: Trainer) -> None:
+        """Save the trainer's state; if `asynchronous`, return as soon as it is copied.
+
+        Raises CheckpointError, on all ranks: this save, or the one before, could not be written.
+        """
+        self.wait()
+        pieces = held(trainer, copy=self.asynchronous)
+        facts = about(trainer)
+        if self._thread:
+            self._pending = self._thread.submit(self._write, trainer.step, pieces, facts)
+        else:
+            self._write(trainer.step, pieces, facts)
+
+    def wait(self) -> None:
+        """Block until the save under way is complete, on all ranks."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def _write(self, step: int, pieces: Mapping[str, Piece], facts: Mapping[str, Any]) -> None:
+        first, group = not dist.is_initialized() or dist.get_rank() == 0, self._group
+        try:
+            (partial, *_) = together(lambda: folders.begin(self.folder, step) if first else None, group)
+            partial = cast(Path, partial)
+            sums = write(partial, pieces, group)
+
+            def publish() -> None:
+                folders.publish(partial, facts, sums)
+                folders.prune(self.folder, self.keep)
+
+            together(lambda: publish() if first else None, group)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.folder}: step {step} could not be saved: {error}") from None
+
+
+def save(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
+    """Write the trainer's state now -> the checkpoint. All ranks call it."""
+    with Saver(folder, keep=keep) as saver:
+        saver.save(trainer)
+    return folders.latest(folder)
+
+
+def _own_group() -> dist.ProcessGroup | None:
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if dist.is_initialized() else None
