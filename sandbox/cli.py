@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 
 import typer
 
+from sandbox.cli_checkpoint import app as checkpoint_app
 from sandbox.errors import ConfigError, SandboxError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/zero2.yaml.")]
 Set = Annotated[

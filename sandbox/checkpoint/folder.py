@@ -42,14 +42,18 @@ def find(path: Path) -> Path:
 
 
 def facts(checkpoint: Path) -> dict[str, Any]:
-    """What run.json says. Raises CheckpointError: it cannot be read."""
+    """What run.json says: `step`, and `config` by section. Raises CheckpointError: it cannot be read."""
     try:
         found = json.loads((checkpoint / FACTS).read_text(encoding="utf-8"))
-        if not isinstance(found["step"], int) or not isinstance(found["config"], dict):
-            raise TypeError("step and config are not a number and a mapping")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        step, config = found["step"], found["config"]
+        if type(step) is not int or step < 0:
+            raise ValueError(f"step {step!r}")
+        sections = {name: config.get(name, {}) for name in ("mesh", "model", "data", "train")}
+        if not all(isinstance(section, dict) for section in sections.values()):
+            raise TypeError("a section is no mapping")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint / FACTS}: is damaged ({error!r}). {_ADVICE}") from None
-    return dict(found)
+    return {"step": step, "config": {**config, **sections}}
 
 
 def begin(folder: Path, step: int) -> Path:

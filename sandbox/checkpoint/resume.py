@@ -58,7 +58,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
 
 def changes(checkpoint: Path, config: Config) -> list[str]:
     """Settings that are other ones than when `checkpoint` was saved, for people: `train.lr 0.003 -> 0.001`."""
-    before = facts(checkpoint)["config"].get("train", {})
+    before = facts(checkpoint)["config"]["train"]
     now = config.train.model_dump(mode="json")
     return [
         f"train.{name} {before[name]} -> {value}" for name, value in now.items() if before.get(name, value) != value
@@ -72,7 +72,7 @@ def _differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
         f"Resume with {section}.{name}: {_shown(saved[section][name])}."
         for section, names in SAME.items()
         for name in names
-        if name in saved.get(section, {}) and saved[section][name] != own[section][name]
+        if name in saved[section] and saved[section][name] != own[section][name]
     ]
 
 
