@@ -6,6 +6,7 @@ long). What is left out has a default. Unknown keys are refused with the nearest
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -27,11 +28,14 @@ Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 S = TypeVar("S", bound=BaseModel)
 
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""What the parser says: also of a 13th month or a number of 5000 digits, and of 1000 brackets in one another."""
+
 
 class Section(BaseModel):
-    """A part of a config: frozen, unknown keys refused."""
+    """A part of a config: frozen, unknown keys refused, and numbers that are none."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Options(Section):
@@ -244,6 +248,15 @@ class Run(Section):
     checkpoint_async: bool = Field(True, description="write checkpoints while the training goes on")
     checkpoint_keep: Count = Field(2, description="the newest so many stay")
 
+    @model_validator(mode="after")
+    def _inside(self) -> Self:
+        if self.folder and (self.folder.is_absolute() or ".." in self.folder.parts):
+            raise ValueError(
+                f"run.folder {self.folder} leads out of where the run is started. A config may name a folder inside; "
+                "name any other with --folder."
+            )
+        return self
+
 
 class Config(Section):
     """A whole run."""
@@ -268,6 +281,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if (
+            not self.name.strip(". ")
+            or not self.name.isprintable()
+            or set(self.name) & set("/\\")
+            or len(self.name) > 200
+        ):
+            raise ValueError(f"name {reprlib.repr(self.name)} cannot be that of a folder. Use letters and digits.")
         least = self.mesh.dp.degree * self.train.microbatches
         if self.train.batch < least:
             raise ValueError(
@@ -290,7 +310,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).{hint}") from None
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except _NOT_YAML as error:
         raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -321,7 +341,7 @@ def _override(tree: dict[str, Any], item: str) -> None:
         raise ConfigError(f"--set {item}: write KEY=VALUE, such as mesh.dp.degree=4.")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except _NOT_YAML:
         raise ConfigError(f"--set {item}: the value is not YAML. Quote it.") from None
     for depth, part in enumerate(path):
         child = tree.setdefault(part, {})
@@ -345,9 +365,9 @@ def _problem(kind: type[BaseModel], item: dict[str, Any], prefix: str, also: Ite
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
     if item["type"] == "literal_error":
-        return f"{path}: {item['input']!r} is not one of {item['ctx']['expected']}."
+        return f"{path}: {reprlib.repr(item['input'])} is not one of {item['ctx']['expected']}."
     message = str(item["msg"]).removeprefix("Input ")
-    return f"{path}: {item['input']!r} {message[0].lower()}{message[1:]}."
+    return f"{path}: {reprlib.repr(item['input'])} {message[0].lower()}{message[1:]}."
 
 
 def _fields(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
@@ -361,4 +381,5 @@ def _fields(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
 
 def _near(total: int) -> str:
     """The settings that would work."""
-    return f"Those that do: {', '.join(str(n) for n in range(1, total + 1) if total % n == 0)}."
+    small = [n for n in range(1, min(total, 10_000) + 1) if total % n == 0]
+    return f"Those that do: {', '.join(map(str, small[:20]))}{', ...' if len(small) > 20 or total > 10_000 else ''}."

@@ -1,108 +1,233 @@
-"""A checkpoint goes on to the bit, refuses what does not fit, and is never half of one."""
+"""A checkpoint goes on to the bit, in any layout to rounding, refuses what does not fit, and is never half of one."""
 
 import json
+import os
+import pickle
+import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import checkpoint_work as work
 import pytest
 import torch
 import world
+from checkpoint_work import LAYOUTS, one
+from fuzz import seal
 
 from sandbox import checkpoint
-from sandbox.config import Config
+from sandbox.checkpoint import folder as folders
+from sandbox.checkpoint import resume, saver, state, whole
 from sandbox.errors import CheckpointError, WorkerError
-from sandbox.runtime import Member, launch
+from sandbox.runtime import launch
 from sandbox.trainer import Trainer
+from sandbox.verify.capture import Capture, Pieces
+from sandbox.verify.compare import assemble, differences
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 unit, parity = pytest.mark.unit, pytest.mark.parity
-LAYOUTS = [
-    *(("native", strategy, {}) for strategy in world.NATIVE),
-    ("native", "fsdp", {"replicas": 2, "degree": 4}),
-    # On 3 ranks torch's DDP would round otherwise: it cuts its buckets anew after the first step.
-    *(("torch", strategy, {"degree": 2}) for strategy in ("ddp", "zero1", "fsdp")),
-]
+
+
+# Going on
 
 
 @parity
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd_momentum"])
-@pytest.mark.parametrize(("engine", "strategy", "mesh"), LAYOUTS)
-def test_a_resumed_training_goes_on_to_the_bit(
-    tmp_path: Path, engine: str, strategy: str, mesh: dict[str, int], optimizer: str
-) -> None:
+@pytest.mark.parametrize(
+    ("layout", "optimizer"),
+    [*((layout, "adamw") for layout in LAYOUTS), ("torch ddp x 3", "sgd_momentum"), ("fsdp 2 x 2", "sgd_momentum")],
+)
+def test_a_resumed_training_goes_on_to_the_bit(tmp_path: Path, layout: str, optimizer: str) -> None:
+    """In the same layout, after a save that went on behind the training's back."""
     train = {"optimizer": optimizer, "steps": 4, "schedule": "linear"}
-    config = world.config(strategy, mesh.get("degree", 3), engine=engine, mesh=mesh, train=train)
-    undisturbed = launch(config.mesh.world, world.train_and_save, config, tmp_path, 2, timeout=world.TIMEOUT)
-    resumed = launch(config.mesh.world, world.resume, config, tmp_path, timeout=world.TIMEOUT)
-    for one, other in zip(undisturbed, resumed, strict=True):
-        assert one[0] == other[0]
-        assert [step for step, *_ in one[0]] == [3, 4]
-        assert one[1].keys() == other[1].keys()
-        assert all(torch.equal(tensor, other[1][name]) for name, tensor in one[1].items())
-        assert all(torch.equal(a, b) for a, b in zip(one[2], other[2], strict=True))
+    config = work.config(layout, train=train, model={"dropout": 0.2})
+    undisturbed = launch(config.mesh.world, work.straight_on, config, tmp_path, 2, timeout=world.TIMEOUT)
+    resumed = launch(config.mesh.world, work.resume, config, tmp_path, timeout=world.TIMEOUT)
+    assert [step for step, *_ in undisturbed[0][0]] == [3, 4]
+    torch.testing.assert_close(resumed, undisturbed, rtol=0, atol=0)
+
+
+def relay(layouts: list[str], folder: Path, tamper: work.Prepare | None = None) -> list[float]:
+    """Train one step in each of `layouts`, each going on from the last one's checkpoint -> each step's largest error.
+
+    The error is that of loss, norm, gradients and parameters against the same training in one process.
+    """
+    sections: dict[str, Any] = {"train": {"steps": len(layouts)}, "model": {"dropout": 0.2}}
+    reference = world.alone(work.config(**sections))
+    errors, start = [], folder / "none"
+    for step, layout in enumerate(layouts):
+        config, again, to = work.config(layout, **sections), folder / f"{step}-again", folder / f"{step}"
+        planted = tamper if step else None
+        ranks = launch(config.mesh.world, work.leg, config, start, again, to, planted, timeout=world.TIMEOUT)
+        if step:
+            assert same(whole.load(checkpoint.latest(again)), whole.load(checkpoint.latest(start))), layout
+        errors.append(error(ranks, reference, step))
+        start = to
+    return errors
+
+
+def error(ranks: list[tuple[float, float, Pieces, Pieces]], reference: Capture, step: int) -> float:
+    losses, norms, gradients, parameters = zip(*ranks, strict=True)
+    found = [abs(loss / reference.losses[step] - 1) for loss in losses]
+    found += [abs(norm / reference.norms[step] - 1) for norm in norms]
+    for pieces, expected in ((gradients, reference.gradients[step]), (parameters, reference.parameters[step + 1])):
+        wholes = {name: whole_.value for name, whole_ in assemble([expected]).items()}
+        found += [max(d.error, d.drift) for d in differences(assemble(pieces), wholes, {})]
+    return max(found)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 @parity
-def test_a_save_that_was_killed_is_never_taken_for_a_good_one(tmp_path: Path) -> None:
-    config = world.config("zero1")
-    with pytest.raises(WorkerError, match="rank 1 was killed"):
-        launch(2, world.killed_in_the_second_save, config, tmp_path, timeout=world.TIMEOUT)
-    assert (tmp_path / "step-000002.partial").exists(), "or it was not killed midway"
+@pytest.mark.timeout(300)
+def test_a_training_goes_on_in_any_other_layout(tmp_path: Path) -> None:
+    """Through all of them, a step in each. What one has loaded, saved again, are the bits that the last one saved."""
+    assert max(relay(list(LAYOUTS), tmp_path)) <= world.EXACT
+
+
+@parity
+@pytest.mark.parametrize("bug", work.BUGS, ids=lambda bug: bug.__name__)
+def test_a_bug_of_resuming_is_seen(tmp_path: Path, bug: work.Prepare) -> None:
+    right, wrong = relay(["unsharded", "tp 2"], tmp_path, bug)
+    assert right <= world.EXACT
+    assert wrong > 1e-4
+
+
+@parity
+def test_adams_state_is_the_same_bits_in_any_layout(tmp_path: Path) -> None:
+    first: dict[str, torch.Tensor] = {}
+    start = tmp_path / "none"
+    for number, layout in enumerate(("tp 3 in zero2 x 2", "torch zero1 x 3", "torch fsdp x 3", "pp 2 in zero3 x 2")):
+        config = work.config(layout, train={"optimizer": "adamw", "steps": 9})
+        again, to = tmp_path / f"{number}-again", tmp_path / f"{number}"
+        launch(config.mesh.world, work.leg, config, start, again, to, timeout=world.TIMEOUT)
+        if number:
+            assert same(whole.load(checkpoint.latest(again)), first)
+        else:
+            start, first = to, whole.load(checkpoint.latest(to))
+    assert {name.rpartition("/")[2] for name in first if name.startswith("optimizer/")} == {
+        "exp_avg", "exp_avg_sq", "step",
+    }  # fmt: skip
+
+
+@parity
+def test_each_element_is_stored_once_and_the_ranks_share_the_work(tmp_path: Path) -> None:
+    config = work.config("cp 2 in ddp x 2")
+    launch(4, work.straight_on, config, tmp_path, 1, timeout=world.TIMEOUT)
+    found = checkpoint.latest(tmp_path)
+    needed = sum(tensor.nbytes for tensor in whole.load(found).values())
+    sizes = [file.stat().st_size for file in found.glob("*.distcp")]
+    assert len(sizes) == 4
+    overhead = 1500 * len(whole.load(found))  # of torch's own format, for each tensor
+    assert needed < sum(sizes) < needed + overhead
+    assert min(sizes) > sum(sizes) / 10
+
+
+# Saving while the training goes on
+
+
+@parity
+def test_what_is_saved_is_the_state_at_the_save_not_what_the_training_makes_of_it(tmp_path: Path) -> None:
+    config = work.config("zero1 x 3")
+    plain, late, uncopied = tmp_path / "plain", tmp_path / "late", tmp_path / "uncopied"
+    launch(3, work.straight_on, config, plain, 1, timeout=world.TIMEOUT)
+    launch(3, work.with_a_copy, config, late, timeout=world.TIMEOUT)
+    launch(3, work.without_a_copy, config, uncopied, timeout=world.TIMEOUT)
+    expected = whole.load(checkpoint.latest(plain))
+    assert same(whole.load(checkpoint.latest(late)), expected)
+    assert not same(whole.load(checkpoint.latest(uncopied)), expected), "or this test cannot fail"
+
+
+@unit
+def test_an_asynchronous_save_that_fails_is_told_at_the_next_opportunity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise CheckpointError("disk full")
+
+    trainer = one()
+    monkeypatch.setattr(saver, "write", fail)
+    with checkpoint.Saver(tmp_path, asynchronous=True) as writer:
+        writer.save(trainer)
+        with pytest.raises(CheckpointError, match=r"step 0 could not be saved: disk full"):
+            writer.wait()
+        writer.wait()
+
+
+@parity
+def test_a_full_disk_on_one_rank_is_told_on_all_and_the_next_save_works(tmp_path: Path) -> None:
+    heard = launch(3, work.full_disk_on_one_rank, work.config("zero1 x 3"), tmp_path, timeout=world.TIMEOUT)
+    assert len(set(heard)) == 1
+    assert "step 2 could not be saved: on rank 1: OSError(28, 'No space left on device')" in heard[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000003"]
+
+
+# Dying
+
+
+@parity
+@pytest.mark.timeout(300)
+def test_a_save_killed_at_any_moment_leaves_a_good_one(tmp_path: Path) -> None:
+    config = world.config(world=1, model={"layers": 1, "width": 8}, train={"optimizer": "adamw"})
+    ((kills, wrong),) = launch(
+        1, work.killed_saves, config, tmp_path, [0, 1, 1000, 5000, 20_000], timeout=world.TIMEOUT
+    )
+    assert wrong == []
+    assert kills >= 20
+
+
+@parity
+def test_a_saver_that_makes_room_first_is_seen_to_leave_nothing(tmp_path: Path) -> None:
+    config = world.config(world=1, model={"layers": 1, "width": 8})
+    ((_, wrong),) = launch(1, work.killed_saves, config, tmp_path, [1000], work.prune_first, timeout=world.TIMEOUT)
+    assert any("holds no checkpoint" in text for text in wrong)
+
+
+@parity
+@pytest.mark.parametrize("moment", [0, 1])
+def test_a_rank_killed_in_a_save_beside_the_training_leaves_the_one_before(tmp_path: Path, moment: int) -> None:
+    config = work.config("zero1 x 3")
+    with pytest.raises(WorkerError, match="rank 1 was killed by signal 9"):
+        launch(3, work.killed_in_the_second_save, config, tmp_path, moment, timeout=world.TIMEOUT)
     assert checkpoint.latest(tmp_path).name == "step-000001"
-    assert launch(2, world.resume, config, tmp_path, timeout=world.TIMEOUT)[0][0][0][0] == 2
-    launch(2, world.train_and_save, config, tmp_path, 2, timeout=world.TIMEOUT)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"], "and it is cleared away"
+    resumed = launch(3, work.resume, config, tmp_path, timeout=world.TIMEOUT)
+    assert [step for step, *_ in resumed[0][0]] == [2, 3]
 
 
-@parity
-def test_another_strategy_on_the_same_ranks_is_refused(tmp_path: Path) -> None:
-    launch(2, world.train_and_save, world.config("ddp"), tmp_path, 1, timeout=world.TIMEOUT)
-    with pytest.raises(
-        CheckpointError, match=r"was saved with mesh .*ddp.*, this run has .*zero1.*Resume with the same mesh"
-    ):
-        launch(2, world.resume, world.config("zero1"), tmp_path, timeout=world.TIMEOUT)
-
-
-def alone(**sections: dict[str, Any]) -> Trainer:
-    return world.trainer_of(Member(), config(**sections))
-
-
-def config(**sections: dict[str, Any]) -> Config:
-    return world.config(world=1, model={"layers": 1, **sections.pop("model", {})}, **sections)
-
-
-def state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return checkpoint._state(trainer)
+# What is on the disk
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A checkpoint of one rank, after two steps."""
-    trainer = alone()
+    trainer = one()
     for _ in range(2):
         trainer.train_step()
     return checkpoint.save(trainer, tmp_path / "checkpoints")
 
 
+def held(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: piece.local for name, piece in state.held(trainer, copy=True).items()}
+
+
 @unit
 def test_one_rank_saves_and_restores_parameters_optimizer_and_step(tmp_path: Path) -> None:
-    trainer, other = alone(), alone(train={"seed": 1})
+    trainer, other = one(), one(train={"lr": 7.0})
     for _ in range(2):
         trainer.train_step()
     path = checkpoint.save(trainer, tmp_path)
     assert path == checkpoint.latest(tmp_path) == tmp_path / "step-000002"
     checkpoint.restore(other, path)
     assert other.step == 2
-    assert state(other).keys() == state(trainer).keys()
-    assert sum("momentum" in key for key in state(other)) == len(trainer.program.parameters)
-    assert all(torch.equal(tensor, state(other)[key]) for key, tensor in state(trainer).items())
+    assert same(held(other), held(trainer))
+    assert sum("momentum" in key for key in held(other)) == len(trainer.program.parameters)
 
 
 @unit
 def test_one_rank_saves_and_restores_without_a_warning(tmp_path: Path) -> None:
-    trainer = alone()
+    trainer = one()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         checkpoint.restore(trainer, checkpoint.save(trainer, tmp_path))
@@ -111,41 +236,36 @@ def test_one_rank_saves_and_restores_without_a_warning(tmp_path: Path) -> None:
 @unit
 def test_the_optimizers_state_is_a_copy_of_its_own(saved: Path) -> None:
     """Two restores from one checkpoint do not share memory."""
-    one, other = alone(), alone()
-    for trainer in (one, other):
+    first, second = one(), one()
+    for trainer in (first, second):
         checkpoint.restore(trainer, saved)
-    before = {key: tensor.clone() for key, tensor in state(other).items()}
-    one.train_step()
-    assert all(torch.equal(tensor, state(other)[key]) for key, tensor in before.items())
+    before = held(second)
+    first.train_step()
+    assert same(held(second), before)
 
 
 @unit
-def test_the_newest_are_kept(tmp_path: Path) -> None:
-    trainer = alone(train={"steps": 9})
+def test_a_checkpoint_does_not_tell_where_it_was_written(saved: Path) -> None:
+    assert not [file.name for file in saved.iterdir() if str(saved.parent).encode() in file.read_bytes()]
+
+
+@unit
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
+    trainer = one(train={"steps": 9})
     for _ in range(4):
         trainer.train_step()
-        checkpoint.save(trainer, tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000003", "step-000004"]
+        checkpoint.save(trainer, tmp_path, keep=keep)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000003", "step-000004"][-keep:]
 
 
 @unit
-def test_saving_a_step_again_replaces_it(saved: Path) -> None:
-    trainer = alone(train={"seed": 5})
+def test_a_checkpoint_is_never_overwritten(saved: Path) -> None:
+    trainer = one()
     trainer.step = 2
-    assert checkpoint.save(trainer, saved.parent) == saved
-    checkpoint.restore(other := alone(), saved)
-    assert all(torch.equal(tensor, state(other)[key]) for key, tensor in state(trainer).items())
-
-
-@unit
-def test_what_was_just_saved_is_kept_though_an_older_run_came_further(tmp_path: Path) -> None:
-    trainer = alone(train={"steps": 9})
-    for step in (7, 8):
-        trainer.step = step
-        checkpoint.save(trainer, tmp_path)
-    trainer.step = 1
-    path = checkpoint.save(trainer, tmp_path)
-    assert path.exists()
+    with pytest.raises(CheckpointError, match=r"step-000002: exists already, .* Remove it first"):
+        checkpoint.save(trainer, saved.parent)
+    assert not folders.problems(saved)
 
 
 @unit
@@ -153,7 +273,7 @@ def test_the_newest_is_the_one_of_the_largest_step_not_the_last_by_name(tmp_path
     for step in (999_999, 1_000_000):
         folder = tmp_path / f"step-{step:06d}"
         folder.mkdir()
-        (folder / checkpoint.FACTS).write_text("{}")
+        (folder / folders.SUMS).touch()
     assert checkpoint.latest(tmp_path).name == "step-1000000"
 
 
@@ -165,70 +285,256 @@ def test_without_a_checkpoint_there_is_nothing_to_resume(tmp_path: Path) -> None
         ) as caught:
             checkpoint.latest(folder)
         assert str(caught.value).startswith(str(folder))
-    (tmp_path / "step-000001.partial").mkdir()
-    (tmp_path / "step-000002").mkdir()
+    for name in ("step-000001.partial", "step-000002", "step-x"):
+        (tmp_path / name).mkdir()
     with pytest.raises(CheckpointError):
         checkpoint.latest(tmp_path)
 
 
 @unit
+def test_a_checkpoint_is_found_by_its_own_folder_its_parent_or_its_runs(saved: Path) -> None:
+    for path in (saved, saved.parent, saved.parent.parent):
+        assert checkpoint.find(path) == saved
+
+
+@unit
 @pytest.mark.parametrize(
-    ("sections", "key"),
+    ("sections", "text"),
     [
-        ({"model": {"width": 32}}, "model"),
-        ({"train": {"optimizer": "adamw"}}, "train.optimizer"),
-        ({"train": {"dtype": "float32"}}, "train.dtype"),
-        ({"engine": "torch"}, "engine"),
-        ({"mesh": {"bucket_mb": 3}}, "mesh"),
+        ({"model": {"width": 32}}, "was saved with model.width 16, this run has 32. Resume with model.width: 16."),
+        ({"model": {"hidden": 20}}, "was saved with model.hidden 19, this run has 20."),
+        ({"model": {"dropout": 0.5}}, "was saved with model.dropout 0.0, this run has 0.5."),
+        ({"model": {"bias": False}}, "was saved with model.bias true, this run has false."),
+        ({"train": {"optimizer": "adamw"}}, "was saved with train.optimizer sgd_momentum, this run has adamw."),
+        ({"train": {"dtype": "float32"}}, "was saved with train.dtype float64, this run has float32."),
+        ({"train": {"seed": 1}}, "was saved with train.seed 0, this run has 1."),
+        ({"train": {"batch": 12}}, "was saved with train.batch 11, this run has 12."),
+        ({"data": {"sequence": 13}}, "was saved with data.sequence 12, this run has 13."),
+        ({"data": {"mask": "none"}}, "was saved with data.mask ragged, this run has none."),
     ],
 )
-def test_a_checkpoint_of_another_layout_is_refused(saved: Path, sections: dict[str, Any], key: str) -> None:
-    trainer = alone(**sections)
-    before = {name: tensor.clone() for name, tensor in state(trainer).items()}
-    with pytest.raises(CheckpointError, match=f"was saved with {key} .*Resume with the same {key}"):
+def test_a_checkpoint_of_another_training_is_refused(saved: Path, sections: dict[str, Any], text: str) -> None:
+    trainer = one(**sections)
+    before = held(trainer)
+    with pytest.raises(CheckpointError) as caught:
         checkpoint.restore(trainer, saved)
+    assert f"{saved}: {text}" in str(caught.value)
     assert trainer.step == 0
-    assert all(torch.equal(tensor, before[name]) for name, tensor in state(trainer).items())
+    assert same(held(trainer), before)
+
+
+@unit
+def test_the_text_must_be_the_same_but_may_lie_elsewhere(tmp_path: Path) -> None:
+    texts = [tmp_path / name for name in ("a.txt", "b.txt", "c.txt")]
+    for path, text in zip(texts, ("same " * 200, "same " * 200, "other" * 200), strict=True):
+        path.write_text(text)
+    first, moved, other = (one(data={"files": (path,)}) for path in texts)
+    path = checkpoint.save(first, tmp_path / "c")
+    checkpoint.restore(moved, path)
+    with pytest.raises(CheckpointError, match=r"was saved with data\.text "):
+        checkpoint.restore(other, path)
+
+
+@unit
+def test_what_may_change_is_told(saved: Path) -> None:
+    config = one(train={"lr": 0.5, "clip": None, "steps": 30}).config
+    assert resume.changes(saved, config) == ["train.steps 3 -> 30", "train.lr 0.05 -> 0.5", "train.clip 0.5 -> None"]
+    checkpoint.restore(one(train={"lr": 0.5, "clip": None, "microbatches": 1}), saved)
+
+
+@unit
+def test_a_default_spelt_out_is_no_change(tmp_path: Path) -> None:
+    path = checkpoint.save(one(model={"hidden": None}), tmp_path)
+    checkpoint.restore(one(model={"hidden": 8 * 16 // 3, "kv_heads": 2, "init": "standard"}), path)
+
+
+# Damage
+
+
+def flip(path: Path, at: int = -1) -> None:
+    content = bytearray(path.read_bytes())
+    content[at if at >= 0 else len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+FILES = ("run.json", ".metadata", "__0_0.distcp", "SHA256SUMS")
+
+
 @unit
 @pytest.mark.parametrize(
-    "spoil", [Path.unlink, truncate, lambda path: path.write_bytes(b"")], ids=["gone", "cut", "empty"]
+    "spoil", [Path.unlink, truncate, flip, lambda path: path.write_bytes(b"")], ids=["gone", "cut", "flipped", "empty"]
 )
-@pytest.mark.parametrize("file", ["run.json", ".metadata", "__0_0.distcp"])
-def test_a_damaged_checkpoint_is_named(saved: Path, spoil: Callable[[Path], object], file: str) -> None:
-    assert {path.name for path in saved.iterdir()} == {"run.json", ".metadata", "__0_0.distcp"}
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_file_is_named(saved: Path, spoil: Callable[[Path], object], file: str) -> None:
+    assert {path.name for path in saved.iterdir()} == set(FILES)
     spoil(saved / file)
-    with pytest.raises(CheckpointError, match=str(saved)):
-        checkpoint.restore(alone(), saved)
+    trainer = one()
+    before = held(trainer)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.restore(trainer, saved)
+    assert file in str(caught.value)
+    assert str(saved) in str(caught.value)
+    assert same(held(trainer), before)
 
 
 @unit
-def test_facts_that_say_nothing_are_no_checkpoint(saved: Path) -> None:
-    (saved / "run.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=str(saved)):
-        checkpoint.restore(alone(), saved)
+def test_every_single_byte_of_a_small_file_counts(saved: Path) -> None:
+    for name, every in (("run.json", 29), ("SHA256SUMS", 1)):
+        good = (saved / name).read_bytes()
+        for at in range(0, len(good), every):
+            flip(saved / name, at)
+            assert folders.problems(saved), f"{name}, byte {at}"
+            (saved / name).write_bytes(good)
+
+
+@unit
+def test_files_that_change_places_or_come_along_are_seen(saved: Path) -> None:
+    one_, other = saved / "run.json", saved / ".metadata"
+    first, second = one_.read_bytes(), other.read_bytes()
+    one_.write_bytes(second), other.write_bytes(first)
+    assert len(folders.problems(saved)) == 2
+    one_.write_bytes(first), other.write_bytes(second)
+    (saved / "more").touch()
+    assert [text.split(": ")[1] for text in folders.problems(saved)] == [
+        "is not in SHA256SUMS. Remove the checkpoint, and go on from one before."
+    ]
+
+
+@unit
+def test_ranks_share_the_reading_of_checksums(saved: Path) -> None:
+    flip(saved / "run.json"), flip(saved / "__0_0.distcp")
+    assert sorted(text for part in range(3) for text in folders.problems(saved, part, 3)) == sorted(
+        folders.problems(saved)
+    )
+
+
+@unit
+def test_the_checksums_are_those_of_sha256sum(saved: Path) -> None:
+    assert os.system(f"cd '{saved}' && sha256sum --quiet --strict -c SHA256SUMS") == 0
+
+
+class Hostile:
+    """Unpickled by whoever does as a pickle says, it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+@unit
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "as bytes"])
+def test_a_hostile_pickle_is_refused_and_does_nothing(saved: Path, tmp_path: Path, file: str) -> None:
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    mark = tmp_path / "mark"
+    if file == ".metadata":
+        (saved / file).write_bytes(pickle.dumps(Hostile(mark)))
+    else:
+        index = pickle.loads((saved / ".metadata").read_bytes())
+        (key, info), *_ = index.storage_data.items()
+        hostile = pickle.dumps(Hostile(mark))
+        with (saved / info.relative_path).open("ab") as stream:
+            at = stream.tell()
+            stream.write(hostile)
+        index.storage_data[key] = replace(info, offset=at, length=len(hostile))
+        if file == "as bytes":
+            index.state_dict_metadata[key.fqn] = BytesStorageMetadata()
+        (saved / ".metadata").write_bytes(pickle.dumps(index))
+    seal(saved)
+    for read in (lambda: checkpoint.restore(one(), saved), lambda: whole.load(saved)):
+        with pytest.raises(CheckpointError, match=r"is damaged"):
+            read()
+    assert not mark.exists()
+
+
+@unit
+def test_the_hostile_pickle_would_have_worked(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Hostile(tmp_path / "mark")))
+    assert (tmp_path / "mark").exists()
+
+
+@unit
+def test_an_index_that_leads_out_of_the_folder_is_refused(saved: Path) -> None:
+    index = pickle.loads((saved / ".metadata").read_bytes())
+    (saved.parent / "other.distcp").write_bytes((saved / "__0_0.distcp").read_bytes())
+    index.storage_data = {k: replace(i, relative_path="../other.distcp") for k, i in index.storage_data.items()}
+    (saved / ".metadata").write_bytes(pickle.dumps(index))
+    seal(saved)
+    with pytest.raises(CheckpointError, match=r"names \.\./other\.distcp, which is not there"):
+        checkpoint.restore(one(), saved)
+
+
+@unit
+@pytest.mark.parametrize("change", ["a tensor is missing", "an element is nowhere", "an element is there twice"])
+def test_an_index_that_does_not_add_up_is_refused(saved: Path, change: str) -> None:
+    index = pickle.loads((saved / ".metadata").read_bytes())
+    entry = index.state_dict_metadata["parameters/embed.weight"]
+    if change == "a tensor is missing":
+        del index.state_dict_metadata["parameters/embed.weight"]
+    elif change == "an element is nowhere":
+        entry.chunks[0] = replace(entry.chunks[0], sizes=torch.Size((256, 16)))
+    else:
+        entry.chunks.append(entry.chunks[0])
+    (saved / ".metadata").write_bytes(pickle.dumps(index))
+    seal(saved)
+    trainer = one()
+    before = held(trainer)
+    with pytest.raises(CheckpointError):
+        checkpoint.restore(trainer, saved)
+    assert same(held(trainer), before)
+
+
+@unit
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "[]",
+        '{"step": -1, "config": {}}',
+        '{"step": true, "config": {}}',
+        '{"step": 1, "config": {"model": 3}}',
+        "[" * 100_000,
+    ],
+)
+def test_facts_that_say_nothing_are_no_checkpoint(saved: Path, text: str) -> None:
+    (saved / "run.json").write_text(text)
+    seal(saved)
+    with pytest.raises(CheckpointError, match=r"run\.json: is damaged"):
+        checkpoint.restore(one(), saved)
 
 
 @unit
 def test_the_facts_are_readable(saved: Path) -> None:
     facts = json.loads((saved / "run.json").read_text())
     assert facts["step"] == 2
-    assert set(facts["layout"]) == {"engine", "mesh", "model", "train.optimizer", "train.dtype"}
+    assert facts["config"]["model"]["width"] == 16
+    assert "run" not in facts["config"]
+    assert "files" not in facts["config"]["data"]
 
 
 @unit
-def test_a_failed_save_leaves_the_old_one(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any, **options: Any) -> None:
-        raise OSError("disk full")
+def test_a_failed_save_leaves_the_old_one_and_the_next_clears_up(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
 
-    trainer = alone()
-    trainer.step = 2
-    monkeypatch.setattr(checkpoint.state_dict_saver, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(trainer, saved.parent)
-    checkpoint.restore(alone(), checkpoint.latest(saved.parent))
+    trainer = one()
+    trainer.step = 3
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "_sync", fail)
+        with pytest.raises(CheckpointError, match=r"step 3 could not be saved: .*No space left on device"):
+            checkpoint.save(trainer, saved.parent)
+    assert checkpoint.latest(saved.parent) == saved
+    checkpoint.save(trainer, saved.parent)
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["step-000002", "step-000003"]
+
+
+@unit
+def test_a_copy_of_a_checkpoint_is_one(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "elsewhere")
+    checkpoint.restore(one(), tmp_path / "elsewhere")

@@ -1,12 +1,9 @@
 """What launched ranks do in these tests, and what the tests say about it. Imports of pytest stay outside."""
 
 import functools
-import os
 import pickle
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from sandbox import checkpoint, units
+from sandbox import units
 from sandbox.batch import Batch
 from sandbox.comm import Axis, Pending, Recorder, all_gather, all_reduce, reduce_scatter
 from sandbox.config import Config, Data, Model, Train
 from sandbox.config import Mesh as MeshConfig
 from sandbox.data import Corpus
-from sandbox.layout import local
 from sandbox.mesh import Mesh
 from sandbox.runtime import Member, launch
 from sandbox.trainer import Trainer
@@ -355,53 +351,6 @@ def lifetimes(member: Member, config: Config, prepare: Prepare | None = None) ->
     seen["after validation"] = whole()
     seen["held"] = {shard.__dict__["label"]: (shard.part.numel(), sum(shard.sizes)) for shard in shards}
     return seen
-
-
-# Checkpoints
-
-
-def train_and_save(member: Member, config: Config, folder: Path, at: int) -> list[Any]:
-    """Train to the end, saving after step `at` -> what came after it."""
-    trainer = trainer_of(member, config)
-    while trainer.step < at:
-        trainer.train_step()
-    checkpoint.save(trainer, folder)
-    return rest(trainer)
-
-
-def resume(member: Member, config: Config, folder: Path) -> list[Any]:
-    """Restore the newest checkpoint and train to the end -> what came after it."""
-    trainer = trainer_of(member, config)
-    checkpoint.restore(trainer, checkpoint.latest(folder))
-    return rest(trainer)
-
-
-def rest(trainer: Trainer) -> list[Any]:
-    losses = [(step.step, step.loss, step.grad_norm, step.lr) for step in trainer.run()]
-    own = {n: local(p.detach()).clone() for n, p in trainer.program.parameters.items()}
-    model = [
-        local(p.detach()).clone()
-        for p in trainer.program.model.parameters()
-        if local(p).untyped_storage().nbytes()  # to read what is freed is a segmentation fault
-    ]
-    return [losses, own, model]
-
-
-def killed_in_the_second_save(member: Member, config: Config, folder: Path) -> None:
-    """Save after step 1; die on rank 1 in the save after step 2, when rank 0 has written its part."""
-    trainer = trainer_of(member, config)
-    trainer.train_step()
-    checkpoint.save(trainer, folder)
-    trainer.train_step()
-    write = checkpoint.state_dict_saver.save
-
-    def die(*args: Any, **options: Any) -> None:
-        if member.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        write(*args, **options)
-
-    checkpoint.state_dict_saver.save = die
-    checkpoint.save(trainer, folder)
 
 
 def deaf_to_keys(trainer: Trainer) -> None:

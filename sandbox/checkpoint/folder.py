@@ -11,11 +11,12 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from sandbox.errors import CheckpointError
 
-__all__ = ["FACTS", "SUMS", "begin", "checksum", "facts", "find", "latest", "problems", "prune", "publish"]
+__all__ = ["FACTS", "SUMS", "begin", "checksum", "facts", "find", "latest", "problems", "prune", "publish", "told"]
 
 FACTS = "run.json"
 SUMS = "SHA256SUMS"
@@ -52,7 +53,7 @@ def facts(checkpoint: Path) -> dict[str, Any]:
         if not all(isinstance(section, dict) for section in sections.values()):
             raise TypeError("a section is no mapping")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{checkpoint / FACTS}: is damaged ({error!r}). {_ADVICE}") from None
+        raise CheckpointError(f"{checkpoint / FACTS}: is damaged ({told(error)}). {_ADVICE}") from None
     return {"step": step, "config": {**config, **sections}}
 
 
@@ -114,6 +115,11 @@ def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
         except OSError as error:
             found.append(f"{checkpoint / name}: cannot be read ({error.strerror}). {_ADVICE}")
     return found
+
+
+def told(error: Exception) -> str:
+    """An error that a file brought about, in some words: its own may hold all of the file."""
+    return shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
 
 
 _ADVICE = "Remove the checkpoint, and go on from one before."

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from sandbox.checkpoint.folder import checksum
+from sandbox.checkpoint.folder import checksum, told
 from sandbox.errors import CheckpointError
 from sandbox.layout import Layout
 
@@ -188,7 +188,7 @@ def _guarded(checkpoint: Path, work: Callable[[], T]) -> T:
     try:
         return work()
     except Exception as error:
-        raise CheckpointError(f"{checkpoint}: is damaged ({type(error).__name__}: {error}).") from None
+        raise CheckpointError(f"{checkpoint}: is damaged ({told(error)}).") from None
 
 
 class _SavePlanner(DefaultSavePlanner):
