@@ -28,6 +28,9 @@ Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 S = TypeVar("S", bound=BaseModel)
 
+_brief = reprlib.Repr()  # of what a file may hold: lists of lists of lists
+_brief.maxlevel, _brief.maxstring, _brief.maxother = 2, 80, 80
+
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 """What the parser says: also of a 13th month or a number of 5000 digits, and of 1000 brackets in one another."""
 
@@ -287,7 +290,7 @@ class Config(Section):
             or set(self.name) & set("/\\")
             or len(self.name) > 200
         ):
-            raise ValueError(f"name {reprlib.repr(self.name)} cannot be that of a folder. Use letters and digits.")
+            raise ValueError(f"name {_brief.repr(self.name)} cannot be that of a folder. Use letters and digits.")
         least = self.mesh.dp.degree * self.train.microbatches
         if self.train.batch < least:
             raise ValueError(
@@ -365,9 +368,9 @@ def _problem(kind: type[BaseModel], item: dict[str, Any], prefix: str, also: Ite
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
     if item["type"] == "literal_error":
-        return f"{path}: {reprlib.repr(item['input'])} is not one of {item['ctx']['expected']}."
+        return f"{path}: {_brief.repr(item['input'])} is not one of {item['ctx']['expected']}."
     message = str(item["msg"]).removeprefix("Input ")
-    return f"{path}: {reprlib.repr(item['input'])} {message[0].lower()}{message[1:]}."
+    return f"{path}: {_brief.repr(item['input'])} {message[0].lower()}{message[1:]}."
 
 
 def _fields(kind: type[BaseModel], path: Sequence[str]) -> list[str]:

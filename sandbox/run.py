@@ -1,7 +1,7 @@
 """A training from a config: the work of each rank, and what its launcher shows and writes down."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -53,16 +53,18 @@ def train(member: Member, config: Config, folder: Path, resume: bool) -> float:
 def start(config: Config, folder: Path, *, resume: bool = False) -> float:
     """Train as one rank of torchrun, or launch the whole world here -> the last validation loss, in nats a token."""
     plan(config)
-    kept = folder / "checkpoints"
+    kept, notes = folder / "checkpoints", []
     if resume:
-        checkpoint.latest(kept)
+        found = checkpoint.latest(kept)
+        checkpoint.check(found, config)
+        notes = [f"going on from {found}", *checkpoint.changes(found, config)]
     elif kept.exists() and any(kept.iterdir()):
         raise CheckpointError(
             f"{kept}: holds checkpoints of an earlier run. Go on from there with --resume, name another --folder, "
             "or remove it."
         )
     how: dict[str, Any] = {"timeout": config.run.timeout, "device": device_of(config)}
-    with Log(folder, config.train.steps, append=resume) as log:
+    with Log(folder, config.train.steps, append=resume, notes=notes) as log:
         if attached():
             return attach(config.mesh.world, train, config, folder, resume, on_message=log.take, **how)
         return launch(config.mesh.world, train, config, folder, resume, on_message=log.take, **how)[0]
@@ -79,8 +81,16 @@ def device_of(config: Config) -> str:
 class Log:
     """Shows the messages of rank 0, and writes them to `folder`/metrics.jsonl from the first one on, a line each."""
 
-    def __init__(self, folder: Path, steps: int, *, append: bool = False, console: Console | None = None) -> None:
-        self.folder, self.steps, self.append = folder, steps, append
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        *,
+        append: bool = False,
+        notes: Sequence[str] = (),
+        console: Console | None = None,
+    ) -> None:
+        self.folder, self.steps, self.append, self.notes = folder, steps, append, notes
         self.console = console or Console(highlight=False)
         self._file: TextIO | None = None
         self._entropy = 0.0
@@ -121,6 +131,8 @@ class Log:
                 f"({facts['mesh']}), {facts['device']}\n{facts['corpus']}",
                 soft_wrap=True,
             )
+            for note in self.notes:
+                self.console.print(note, soft_wrap=True)
         elif "validation_loss" in message:
             loss, bits = message["validation_loss"], message["bits_per_byte"]
             self.console.print(

@@ -1,29 +1,25 @@
 """What launched ranks do in the tests of checkpoints."""
 
-import os
-import shutil
-import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
+import checkpoint_kills as kills
 import torch
 import world
 
 from sandbox import checkpoint
 from sandbox.batch import Batch
-from sandbox.checkpoint import folder as folders
 from sandbox.checkpoint import whole
 from sandbox.comm import all_reduce
 from sandbox.config import Config
 from sandbox.errors import CheckpointError
 from sandbox.layout import local
-from sandbox.runtime import Member
+from sandbox.runtime import Member, launch
 from sandbox.trainer import Trainer
-from sandbox.verify.capture import Piece, Pieces
+from sandbox.verify.capture import Capture, Piece, Pieces
+from sandbox.verify.compare import assemble, differences
 
 Prepare = Callable[[Trainer], Any]
 
@@ -77,6 +73,15 @@ def resume(member: Member, config: Config, folder: Path) -> list[Any]:
     return rest(trainer)
 
 
+def resume_unsettled(member: Member, config: Config, folder: Path) -> list[Any]:
+    """As `resume`, but a library's first backward pass is the first after the checkpoint."""
+    trainer = world.trainer_of(member, config)
+    trainer.config = config.model_copy(update={"engine": "native"})
+    checkpoint.restore(trainer, checkpoint.latest(folder))
+    trainer.config = config
+    return rest(trainer)
+
+
 def rest(trainer: Trainer) -> list[Any]:
     """Of each step: number, loss, norm, rate, this rank's gradients; its parameters and those its model uses."""
     steps = []
@@ -115,6 +120,39 @@ def pieces(trainer: Trainer, *, gradients: bool = False) -> Pieces:
     layout = trainer.program.layout
     tensors = {n: p.grad if gradients else p for n, p in trainer.program.parameters.items()}
     return {n: Piece(layout[n], local(t.detach()).clone()) for n, t in tensors.items() if t is not None}
+
+
+def relay(layouts: list[str], folder: Path, tamper: Prepare | None = None) -> list[float]:
+    """Train one step in each of `layouts`, each going on from the last one's checkpoint -> each step's largest error.
+
+    The error is that of loss, norm, gradients and parameters against the same training in one process.
+    """
+    sections: dict[str, Any] = {"train": {"steps": len(layouts)}, "model": {"dropout": 0.2}}
+    reference = world.alone(config(**sections))
+    errors, start = [], folder / "none"
+    for step, layout in enumerate(layouts):
+        config, again, to = config(layout, **sections), folder / f"{step}-again", folder / f"{step}"
+        planted = tamper if step else None
+        ranks = launch(settings.mesh.world, leg, settings, start, again, to, planted, timeout=world.TIMEOUT)
+        if step:
+            assert same(whole.load(checkpoint.latest(again)), whole.load(checkpoint.latest(start))), layout
+        errors.append(error(ranks, reference, step))
+        start = to
+    return errors
+
+
+def error(ranks: list[tuple[float, float, Pieces, Pieces]], reference: Capture, step: int) -> float:
+    losses, norms, gradients, parameters = zip(*ranks, strict=True)
+    found = [abs(loss / reference.losses[step] - 1) for loss in losses]
+    found += [abs(norm / reference.norms[step] - 1) for norm in norms]
+    for pieces, expected in ((gradients, reference.gradients[step]), (parameters, reference.parameters[step + 1])):
+        wholes = {name: whole_.value for name, whole_ in assemble([expected]).items()}
+        found += [max(d.error, d.drift) for d in differences(assemble(pieces), wholes, {})]
+    return max(found)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 # Bugs of resuming that really happened, planted after a restore that was right
@@ -191,89 +229,7 @@ BUGS = (
 )  # fmt: skip
 
 
-# Killing
-
-WRITES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
-
-
-def die_at(moment: int, folder: Path) -> None:
-    """Kill this process when it is about to do something to the file system for the `moment`-th time from now on."""
-    seen = count()
-
-    def watch(event: str, args: tuple[Any, ...]) -> None:
-        if event in WRITES and str(folder) in str(args[0]) and next(seen) == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(watch)
-
-
-def die_at_byte(size: int) -> None:
-    """Have the kernel kill this process when a file is about to grow beyond `size` bytes."""
-    import resource
-
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
-def killed_saves(
-    member: Member, config: Config, folder: Path, bytes_: list[int], tamper: Callable[[], Any] | None = None
-) -> tuple[int, list[str]]:
-    """Save step 2 over step 1 again and again, killed at every operation and at those sizes of a file.
-
-    -> how often it was killed, and what was wrong with what it left. Step 1 is to be removed in the end.
-    """
-    if tamper:
-        tamper()
-    trainer, pristine = world.trainer_of(member, config), folder / "pristine"
-    trainer.train_step()
-    checkpoint.save(trainer, pristine)
-    good = {1: whole.load(checkpoint.latest(pristine))}
-    trainer.train_step()
-    good[2] = whole.load(checkpoint.save(trainer, folder / "second"))
-    kills, wrong = 0, []
-    for kind, moment in [*(("operation", moment) for moment in range(200)), *(("byte", size) for size in bytes_)]:
-        place = folder / f"{kind}{moment}"
-        shutil.copytree(pristine, place)
-        child = os.fork()
-        if child == 0:
-            (die_at(moment, place) if kind == "operation" else die_at_byte(moment))  # type: ignore[func-returns-value]
-            checkpoint.save(trainer, place, keep=1)
-            os._exit(0)
-        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        kills += killed
-        try:
-            left = checkpoint.latest(place)
-            step = folders.facts(left)["step"]
-            tensors = whole.load(left)
-            if tensors.keys() != good[step].keys() or any(
-                not torch.equal(t, good[step][n]) for n, t in tensors.items()
-            ):
-                wrong.append(f"{kind} {moment}: a mixture")
-            if not killed and (step != 2 or [path.name for path in place.iterdir()] != [left.name]):
-                wrong.append(f"{kind} {moment}: not killed, and yet unfinished")
-        except Exception as error:
-            wrong.append(f"{kind} {moment}: {error}")
-        if kind == "operation" and not killed:
-            break
-        if not wrong and killed and moment % 7 == 0:  # and the next save clears away what was left
-            if step == 1:
-                checkpoint.save(trainer, place, keep=1)
-            wrong += [f"{kind} {moment}: left {path.name}" for path in place.iterdir() if path.name != "step-000002"]
-        shutil.rmtree(place)
-    return kills, wrong
-
-
-def prune_first() -> None:
-    """A saver that makes room before it has anything to put there."""
-    begin = folders.begin
-
-    def hasty(folder: Path, step: int) -> Path:
-        for old in folder.glob("step-*"):
-            shutil.rmtree(old)
-        return begin(folder, step)
-
-    folders.begin = hasty
+# Saving beside the training
 
 
 def killed_in_the_second_save(member: Member, config: Config, folder: Path, moment: int) -> None:
@@ -285,7 +241,7 @@ def killed_in_the_second_save(member: Member, config: Config, folder: Path, mome
         trainer.train_step()
         saver.wait()
         if member.rank == 1:
-            die_at(moment, folder)
+            kills.die_at(moment, folder)
         saver.save(trainer)
         trainer.train_step()
 

@@ -14,7 +14,8 @@ import checkpoint_work as work
 import pytest
 import torch
 import world
-from checkpoint_work import LAYOUTS, one
+from checkpoint_kills import killed_saves, prune_first
+from checkpoint_work import LAYOUTS, one, relay, same
 from fuzz import seal
 
 from sandbox import checkpoint
@@ -23,8 +24,6 @@ from sandbox.checkpoint import resume, saver, state, whole
 from sandbox.errors import CheckpointError, WorkerError
 from sandbox.runtime import launch
 from sandbox.trainer import Trainer
-from sandbox.verify.capture import Capture, Pieces
-from sandbox.verify.compare import assemble, differences
 
 unit, parity = pytest.mark.unit, pytest.mark.parity
 
@@ -47,37 +46,15 @@ def test_a_resumed_training_goes_on_to_the_bit(tmp_path: Path, layout: str, opti
     torch.testing.assert_close(resumed, undisturbed, rtol=0, atol=0)
 
 
-def relay(layouts: list[str], folder: Path, tamper: work.Prepare | None = None) -> list[float]:
-    """Train one step in each of `layouts`, each going on from the last one's checkpoint -> each step's largest error.
-
-    The error is that of loss, norm, gradients and parameters against the same training in one process.
-    """
-    sections: dict[str, Any] = {"train": {"steps": len(layouts)}, "model": {"dropout": 0.2}}
-    reference = world.alone(work.config(**sections))
-    errors, start = [], folder / "none"
-    for step, layout in enumerate(layouts):
-        config, again, to = work.config(layout, **sections), folder / f"{step}-again", folder / f"{step}"
-        planted = tamper if step else None
-        ranks = launch(config.mesh.world, work.leg, config, start, again, to, planted, timeout=world.TIMEOUT)
-        if step:
-            assert same(whole.load(checkpoint.latest(again)), whole.load(checkpoint.latest(start))), layout
-        errors.append(error(ranks, reference, step))
-        start = to
-    return errors
-
-
-def error(ranks: list[tuple[float, float, Pieces, Pieces]], reference: Capture, step: int) -> float:
-    losses, norms, gradients, parameters = zip(*ranks, strict=True)
-    found = [abs(loss / reference.losses[step] - 1) for loss in losses]
-    found += [abs(norm / reference.norms[step] - 1) for norm in norms]
-    for pieces, expected in ((gradients, reference.gradients[step]), (parameters, reference.parameters[step + 1])):
-        wholes = {name: whole_.value for name, whole_ in assemble([expected]).items()}
-        found += [max(d.error, d.drift) for d in differences(assemble(pieces), wholes, {})]
-    return max(found)
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+@parity
+def test_ddp_cuts_its_buckets_anew_after_its_first_backward_so_that_has_to_come_before(tmp_path: Path) -> None:
+    """On three ranks the sums then round otherwise. If this fails, torch has changed, and `restore` can be simpler."""
+    config = work.config("torch ddp x 3", train={"steps": 4})
+    undisturbed = launch(3, work.straight_on, config, tmp_path, 2, timeout=world.TIMEOUT)
+    resumed = launch(3, work.resume_unsettled, config, tmp_path, timeout=world.TIMEOUT)
+    assert resumed[0][0][-1][:2] == pytest.approx(undisturbed[0][0][-1][:2], rel=world.EXACT)
+    gradients = zip(resumed[0][0][0][-1], undisturbed[0][0][0][-1], strict=True)
+    assert not all(torch.equal(one, other) for one, other in gradients)
 
 
 @parity
@@ -120,7 +97,7 @@ def test_each_element_is_stored_once_and_the_ranks_share_the_work(tmp_path: Path
     needed = sum(tensor.nbytes for tensor in whole.load(found).values())
     sizes = [file.stat().st_size for file in found.glob("*.distcp")]
     assert len(sizes) == 4
-    overhead = 1500 * len(whole.load(found))  # of torch's own format, for each tensor
+    overhead = 2000 * len(whole.load(found))  # of torch's own format, for each tensor
     assert needed < sum(sizes) < needed + overhead
     assert min(sizes) > sum(sizes) / 10
 
@@ -171,17 +148,16 @@ def test_a_full_disk_on_one_rank_is_told_on_all_and_the_next_save_works(tmp_path
 @pytest.mark.timeout(300)
 def test_a_save_killed_at_any_moment_leaves_a_good_one(tmp_path: Path) -> None:
     config = world.config(world=1, model={"layers": 1, "width": 8}, train={"optimizer": "adamw"})
-    ((kills, wrong),) = launch(
-        1, work.killed_saves, config, tmp_path, [0, 1, 1000, 5000, 20_000], timeout=world.TIMEOUT
-    )
+    sizes = [0, 1, 500, 3000, 9000]
+    ((kills, wrong),) = launch(1, killed_saves, config, tmp_path, sizes, timeout=world.TIMEOUT)
     assert wrong == []
-    assert kills >= 20
+    assert kills >= 25
 
 
 @parity
 def test_a_saver_that_makes_room_first_is_seen_to_leave_nothing(tmp_path: Path) -> None:
     config = world.config(world=1, model={"layers": 1, "width": 8})
-    ((_, wrong),) = launch(1, work.killed_saves, config, tmp_path, [1000], work.prune_first, timeout=world.TIMEOUT)
+    ((_, wrong),) = launch(1, killed_saves, config, tmp_path, [1000], prune_first, timeout=world.TIMEOUT)
     assert any("holds no checkpoint" in text for text in wrong)
 
 

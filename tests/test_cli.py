@@ -112,6 +112,18 @@ def config(tmp_path: Path) -> Path:
         (("config", "show", "absent.yaml"), "absent.yaml: cannot be read"),
         (("report", "absent.json"), "absent.json: cannot be read (No such file or directory)."),
         (("report", "small.yaml"), "small.yaml: cannot be read (not the JSON of verify --json)."),
+        (
+            ("run", "small.yaml", "--set", "run.folder=/elsewhere"),
+            "run.folder /elsewhere leads out of where the run is",
+        ),
+        (("run", "small.yaml", "--set", "run.folder=a/../../b"), "run.folder a/../../b leads out of where the run is"),
+        (("run", "small.yaml", "--set", "name=../../b"), "name '../../b' cannot be that of a folder."),
+        (("checkpoint", "show", "nowhere"), "nowhere: holds no checkpoint."),
+        (("checkpoint", "merge", "nowhere", "--to", "x"), "nowhere: holds no checkpoint."),
+        (("checkpoint", "export", "nowhere", "--to", "x"), "nowhere: holds no checkpoint."),
+        (("checkpoint", "import", "nowhere", "--to", "x"), "nowhere/config.json: cannot be read"),
+        (("checkpoint", "import", "nowhere", "--to", "small.yaml"), "--to small.yaml: exists already."),
+        (("checkpoint", "import", "nowhere", "--to", "a/b"), "--to a/b: a is not a folder."),
         (("run",), "Missing argument 'CONFIG'"),
         (("runn", "small.yaml"), "No such command 'runn'"),
         (("run", "small.yaml", "--stes"), "No such option"),
@@ -269,13 +281,35 @@ def test_a_run_on_one_rank_says_nothing_on_standard_error(sandbox: Run, config: 
     assert lines(tmp_path / "runs" / "small")[0]["run"]["strategy"] == "unsharded"
 
 
+OFTEN = ("--set", "run.checkpoint_every=2", "--set", "train.eval_batches=1")
+
+
 @parity
-def test_a_checkpoint_of_another_layout_is_refused(sandbox: Run, config: Path) -> None:
-    often = ("--set", "run.checkpoint_every=2", "--set", "train.eval_batches=1")
-    assert sandbox("run", config, *often).code == 0
-    answer = sandbox("run", config, "--resume", "--set", "mesh.dp.strategy=zero1")
-    assert answer.code == 2
-    assert "was saved with mesh" in answer.err
+def test_a_run_goes_on_in_another_layout_and_is_told_what_changed(sandbox: Run, config: Path, tmp_path: Path) -> None:
+    straight = ("--set", "mesh.dp.degree=1", "--set", "train.steps=6", "--set", "train.dtype=float64")
+    assert sandbox("run", config, "--folder", "straight", *straight).code == 0
+    first = ("--set", "train.schedule=constant", "--set", "train.dtype=float64", *OFTEN)
+    assert sandbox("run", config, *first).code == 0
+    for changed, text in (
+        (("--set", "model.width=32"), "was saved with model.width 16, this run has 32. Resume with model.width: 16."),
+        (("--set", "train.seed=3"), "was saved with train.seed 0, this run has 3."),
+    ):
+        answer = sandbox("run", config, "--resume", *first, *changed)
+        assert (answer.code, answer.out) == (2, "")
+        assert f"runs/small/checkpoints/step-000004: {text}" in answer.err
+    more = ("--set", "train.steps=6", "--set", "engine=torch", "--set", "mesh.dp={degree: 4, strategy: fsdp}")
+    answer = sandbox("run", config, "--resume", *first, *more)
+    assert answer.code == 0
+    assert "going on from runs/small/checkpoints/step-000004\ntrain.steps 4 -> 6\n" in answer.out
+    assert sorted(losses(tmp_path / "runs" / "small")) == [1, 2, 3, 4, 5, 6]
+
+
+@parity
+def test_a_folder_belongs_to_one_run(sandbox: Run, config: Path) -> None:
+    assert sandbox("run", config, *OFTEN).code == 0
+    answer = sandbox("run", config, *OFTEN)
+    assert (answer.code, answer.out) == (2, "")
+    assert "runs/small/checkpoints: holds checkpoints of an earlier run. Go on from there with --resume" in answer.err
 
 
 @parity
@@ -337,7 +371,9 @@ def test_a_fault_is_reported_as_caught(sandbox: Run) -> None:
 
 
 @unit
-@pytest.mark.parametrize("arguments", [(), ("run",), ("verify",), ("config",)])
+@pytest.mark.parametrize(
+    "arguments", [(), ("run",), ("verify",), ("config",), ("checkpoint",), ("checkpoint", "export")]
+)
 def test_help_is_there(sandbox: Run, arguments: tuple[str, ...]) -> None:
     answer = sandbox(*arguments, "--help")
     assert answer.code == 0

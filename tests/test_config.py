@@ -155,6 +155,49 @@ def test_a_file_that_is_no_config_is_named(tmp_path: Path, content: bytes, text:
     assert "\n" not in str(caught.value)
 
 
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train: {steps: !!python/object/apply:os.mkdir [mark]}",
+        "!!python/object/apply:os.mkdir [mark]",
+        "train: &a {steps: *a}",
+        "&a [*a]",
+        f"{BOMB}train: {{steps: *i}}",
+        f"{BOMB}data: {{files: *i}}",
+        f"{BOMB}*i : 1",
+        "[" * 20_000,
+        "a: {" * 5000,
+        "train: {steps: 2001-99-99}",
+        f"train: {{steps: {'9' * 5000}}}",
+        "train: {lr: .nan}",
+        "train: {lr: .inf}",
+        "run: {timeout: .inf}",
+        "model: {width: 1000000000000000000, heads: 7}",
+        "name: ''",
+        "name: ..",
+        "name: a/b",
+        'name: "a\\0"',
+        "run: {folder: /tmp}",
+        "run: {folder: ~}\nmesh: {dp: {degree: 99999999999}}",
+    ],
+)
+def test_what_is_meant_to_harm_is_refused_in_few_words(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = written(tmp_path / "c.yaml", text)
+    with pytest.raises(ConfigError) as caught:
+        plan(load(path))
+    assert len(str(caught.value)) < 8000  # a line for each of 18 things that are wrong
+    assert [file.name for file in tmp_path.iterdir()] == ["c.yaml"]
+
+
 def test_a_folder_is_no_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load(tmp_path)

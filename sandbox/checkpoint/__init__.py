@@ -19,7 +19,7 @@ has no generator: nothing else is random.
 """
 
 from sandbox.checkpoint.folder import find, latest
-from sandbox.checkpoint.resume import restore
+from sandbox.checkpoint.resume import changes, check, restore
 from sandbox.checkpoint.saver import Saver, save
 
-__all__ = ["Saver", "find", "latest", "restore", "save"]
+__all__ = ["Saver", "changes", "check", "find", "latest", "restore", "save"]

@@ -96,7 +96,7 @@ def checksum(file: Path) -> str:
 def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with the files, a sentence each; of `parts` ranks, the one numbered `part` reads its share of them.
 
-    Reading costs what SHA-256 does, about a second for a gigabyte, divided by the ranks.
+    Reading costs what SHA-256 does, two thirds of a second for a gigabyte, divided by the ranks.
     """
     try:
         text = (checkpoint / SUMS).read_text(encoding="utf-8")

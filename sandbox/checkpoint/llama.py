@@ -40,6 +40,10 @@ _LIKE_LLAMA = {"norm": "rms", "mlp": "swiglu", "rotary": True, "qk_norm": False}
 _FIXED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "pretraining_tp": 1}
 """What no option of ours changes, and what a model that is taken in must have too."""
 _ROPE = 10_000.0
+_SIZES = {
+    "vocab_size": "vocab", "hidden_size": "width", "intermediate_size": "hidden", "num_hidden_layers": "layers",
+    "num_attention_heads": "heads", "num_key_value_heads": "kv_heads",
+}  # fmt: skip
 
 
 def export(checkpoint: Path, to: Path) -> int:
@@ -131,33 +135,31 @@ def llama_config(model: Model, sequence: int, dtype: torch.dtype) -> dict[str, A
 
 def our_model(llama: Mapping[str, Any], source: Path) -> Model:
     """The settings that make our model this Llama. Raises CheckpointError: none do."""
-    rope = llama.get("rope_parameters") or llama.get("rope_scaling") or {}
+    file = source / "config.json"
+    for name in _SIZES:
+        if llama.get(name) is None and name != "num_key_value_heads":
+            raise CheckpointError(f"{file}: {name} is missing.")
+        if type(llama.get(name, 1)) is not int:
+            raise CheckpointError(f"{file}: {name} is {llama[name]!r}, not a whole number.")
+    sizes = {ours: llama[theirs] for theirs, ours in _SIZES.items() if theirs in llama}
+    bias, width = bool(llama.get("attention_bias")), sizes["width"] // max(1, sizes["heads"])
+    rope = llama.get("rope_parameters") or llama.get("rope_scaling")
+    rope = rope if isinstance(rope, dict) else {}
     said = {
         **llama,
         "rope_theta": llama.get("rope_theta", rope.get("rope_theta", _ROPE)),
         "rope_type": rope.get("rope_type", rope.get("type", "default")),
-        "mlp_bias": llama.get("mlp_bias", False),
-        "head_dim": llama.get("head_dim") or llama.get("hidden_size", 0) // max(1, llama.get("num_attention_heads", 1)),
+        "mlp_bias": bool(llama.get("mlp_bias")),
+        "head_dim": llama.get("head_dim") or width,
     }
-    bias = bool(llama.get("attention_bias", False))
-    needed = {
-        "model_type": "llama", "rope_theta": _ROPE, "rope_type": "default", "mlp_bias": bias, **_FIXED,
-        "head_dim": llama.get("hidden_size", 0) // max(1, llama.get("num_attention_heads", 1)),
-    }  # fmt: skip
-    for name, value in needed.items():
+    needed = {"model_type": "llama", "rope_theta": _ROPE, "rope_type": "default", "mlp_bias": bias, "head_dim": width}
+    for name, value in {**needed, **_FIXED}.items():
         if said.get(name, value) != value:
-            raise CheckpointError(f"{source / 'config.json'}: {name} is {said[name]}; this model has {value} only.")
-    names = {
-        "vocab_size": "vocab", "hidden_size": "width", "intermediate_size": "hidden", "num_hidden_layers": "layers",
-        "num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "tie_word_embeddings": "tied",
-    }  # fmt: skip
-    if absent := [name for name in list(names)[:5] if name not in llama]:
-        raise CheckpointError(f"{source / 'config.json'}: {absent[0]} is missing.")
-    settings = {ours: llama[theirs] for theirs, ours in names.items() if theirs in llama}
+            raise CheckpointError(f"{file}: {name} is {said[name]}; this model has {value} only.")
     try:
-        return check(Model, {**settings, "bias": bias, **_LIKE_LLAMA})
+        return check(Model, {**sizes, "tied": bool(llama.get("tie_word_embeddings")), "bias": bias, **_LIKE_LLAMA})
     except ConfigError as error:
-        raise CheckpointError(f"{source / 'config.json'}: {error}") from None
+        raise CheckpointError(f"{file}: {error}") from None
 
 
 def _tensors(source: Path) -> dict[str, Tensor]:

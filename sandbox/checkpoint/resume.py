@@ -12,7 +12,7 @@ from sandbox.data import Corpus
 from sandbox.errors import CheckpointError
 from sandbox.trainer import Trainer
 
-__all__ = ["about", "changes", "restore"]
+__all__ = ["about", "changes", "check", "restore"]
 
 SAME = {
     "model": tuple(name for name in Model.model_fields if name != "init"),
@@ -27,7 +27,21 @@ Mesh, engine and microbatches are a matter of layout. The rest (steps, rates, de
 
 def about(trainer: Trainer) -> dict[str, Any]:
     """What a checkpoint says of itself."""
-    return {"step": trainer.step, "config": _config(trainer)}
+    return {"step": trainer.step, "config": _told(trainer.config, trainer.corpus)}
+
+
+def check(checkpoint: Path, config: Config, corpus: Corpus | None = None) -> None:
+    """See that a training of `config` can go on from `checkpoint`, before anything starts. Raises CheckpointError."""
+    saved, own = facts(checkpoint)["config"], _told(config, corpus)
+    unlike = [
+        f"{checkpoint}: was saved with {section}.{name} {_shown(saved[section][name])}, this run has "
+        f"{_shown(own[section][name])}. Resume with {section}.{name}: {_shown(saved[section][name])}."
+        for section, names in SAME.items()
+        for name in names
+        if name in saved[section] and name in own[section] and saved[section][name] != own[section][name]
+    ]  # what one of them does not tell is not compared
+    if unlike:
+        raise CheckpointError("\n".join(unlike))
 
 
 def restore(trainer: Trainer, checkpoint: Path) -> None:
@@ -39,9 +53,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     found = together(lambda: problems(checkpoint, mesh.rank, mesh.world), None)
     if wrong := dict.fromkeys(problem for part in found for problem in part):
         raise CheckpointError("\n".join(wrong))
-    saved = facts(checkpoint)
-    if unlike := _differences(saved["config"], _config(trainer)):
-        raise CheckpointError("\n".join(f"{checkpoint}: {text}" for text in unlike))
+    check(checkpoint, trainer.config, trainer.corpus)
     if trainer.config.engine != "native":  # torch's DDP cuts its buckets anew after its first backward, and rounds so
         trainer.compute_gradients(trainer.batch())
         trainer.zero_grad()
@@ -53,7 +65,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
 
     together(fetch, None)
     put(trainer, pieces)
-    trainer.step = saved["step"]
+    trainer.step = facts(checkpoint)["step"]
 
 
 def changes(checkpoint: Path, config: Config) -> list[str]:
@@ -65,28 +77,18 @@ def changes(checkpoint: Path, config: Config) -> list[str]:
     ]
 
 
-def _differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
-    """What stands in the way, a sentence each. What `saved` does not tell is not compared."""
-    return [
-        f"was saved with {section}.{name} {_shown(saved[section][name])}, this run has {_shown(own[section][name])}. "
-        f"Resume with {section}.{name}: {_shown(saved[section][name])}."
-        for section, names in SAME.items()
-        for name in names
-        if name in saved[section] and saved[section][name] != own[section][name]
-    ]
-
-
 def _shown(value: Any) -> str:
     return str(value).lower() if value in (None, True, False) else str(value)
 
 
-def _config(trainer: Trainer) -> dict[str, Any]:
+def _told(config: Config, corpus: Corpus | None) -> dict[str, Any]:
     """The config, with what it leaves to be worked out."""
-    config, model = trainer.config.model_dump(mode="json"), trainer.config.model
-    config["model"] |= {"kv_heads": model.groups, "hidden": model.mlp_hidden}
-    config["data"]["text"] = _digest(trainer.corpus)
-    del config["run"], config["data"]["files"]  # where it stood; the text itself is what counts
-    return config
+    tree, model = config.model_dump(mode="json"), config.model
+    tree["model"] |= {"kv_heads": model.groups, "hidden": model.mlp_hidden}
+    del tree["run"], tree["data"]["files"]  # where it stood; the text itself is what counts
+    if corpus:
+        tree["data"]["text"] = _digest(corpus)
+    return tree
 
 
 def _digest(corpus: Corpus) -> str:
