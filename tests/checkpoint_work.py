@@ -131,7 +131,7 @@ def relay(layouts: list[str], folder: Path, tamper: Prepare | None = None) -> li
     reference = world.alone(config(**sections))
     errors, start = [], folder / "none"
     for step, layout in enumerate(layouts):
-        config, again, to = config(layout, **sections), folder / f"{step}-again", folder / f"{step}"
+        settings, again, to = config(layout, **sections), folder / f"{step}-again", folder / f"{step}"
         planted = tamper if step else None
         ranks = launch(settings.mesh.world, leg, settings, start, again, to, planted, timeout=world.TIMEOUT)
         if step:
