@@ -36,9 +36,8 @@ def train(member: Member, config: Config, folder: Path, resume: bool) -> float:
     send({"run": _facts(trainer)})
     every, settings = config.train.eval_every, config.run
     loss = float("nan")
-    with checkpoint.Saver(
-        folder / "checkpoints", keep=settings.checkpoint_keep, asynchronous=settings.checkpoint_async
-    ) as saver:
+    beside = settings.checkpoint_async and settings.checkpoint_every > 0
+    with checkpoint.Saver(folder / "checkpoints", keep=settings.checkpoint_keep, asynchronous=beside) as saver:
         for step in trainer.run():
             send(asdict(step))
             done = step.step == config.train.steps

@@ -11,11 +11,12 @@ import world
 
 from sandbox import checkpoint
 from sandbox.batch import Batch
-from sandbox.checkpoint import whole
+from sandbox.checkpoint import folder as folders
+from sandbox.checkpoint import storage, whole
 from sandbox.comm import all_reduce
 from sandbox.config import Config
 from sandbox.errors import CheckpointError
-from sandbox.layout import local
+from sandbox.layout import Layout, local
 from sandbox.runtime import Member, launch
 from sandbox.trainer import Trainer
 from sandbox.verify.capture import Capture, Piece, Pieces
@@ -282,27 +283,36 @@ def slow(trainer: Trainer, folder: Path) -> None:
         stepped.set()
 
 
-def full_disk_on_one_rank(member: Member, config: Config, folder: Path) -> str:
-    """What every rank hears of a save for which rank 1 has no room, and whether it can go on."""
-    from sandbox.checkpoint import storage
-
+def full_disk_on_one_rank(member: Member, config: Config, folder: Path, rank: int, what: str) -> str:
+    """What every rank hears of a save for which `rank` has no room, and whether it can go on."""
     trainer = world.trainer_of(member, config)
     trainer.train_step()
     checkpoint.save(trainer, folder)
     trainer.train_step()
-    write = storage._Writer.write_data
+    write, heard = getattr(storage._Writer, what), "nothing"
 
     def full(*args: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    if member.rank == 1:
-        storage._Writer.write_data = full
+    if member.rank == rank:
+        setattr(storage._Writer, what, full)
     try:
         checkpoint.save(trainer, folder)
-        return "nothing"
     except CheckpointError as error:
         heard = str(error)
-    storage._Writer.write_data = write
+    setattr(storage._Writer, what, write)
     trainer.train_step()
     checkpoint.save(trainer, folder)
     return heard
+
+
+def few_tensors_many_ranks(member: Member, folder: Path) -> None:
+    """Most ranks have nothing to write."""
+    whole_ = storage.Piece(Layout.whole((3,)), torch.arange(3.0))
+    together, partial = storage.together, folder / "step-000001.partial"
+    if member.rank == 0:
+        folders.begin(folder, 1)
+    together(lambda: None, None)
+    sums = storage.write(partial, {"parameters/x": whole_}, None)
+    if member.rank == 0:
+        folders.publish(partial, {"step": 1, "config": {}}, sums)

@@ -134,11 +134,20 @@ def test_an_asynchronous_save_that_fails_is_told_at_the_next_opportunity(
 
 
 @parity
-def test_a_full_disk_on_one_rank_is_told_on_all_and_the_next_save_works(tmp_path: Path) -> None:
-    heard = launch(3, work.full_disk_on_one_rank, work.config("zero1 x 3"), tmp_path, timeout=world.TIMEOUT)
+@pytest.mark.parametrize(("rank", "what"), [(1, "write_data"), (0, "finish")])
+def test_a_full_disk_on_one_rank_is_told_on_all_and_the_next_save_works(tmp_path: Path, rank: int, what: str) -> None:
+    config = work.config("zero1 x 3")
+    heard = launch(3, work.full_disk_on_one_rank, config, tmp_path, rank, what, timeout=world.TIMEOUT)
     assert len(set(heard)) == 1
-    assert "step 2 could not be saved: on rank 1: OSError(28, 'No space left on device')" in heard[0]
+    assert f"step 2 could not be saved: on rank {rank}: OSError(28, 'No space left on device')" in heard[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000003"]
+
+
+@parity
+def test_ranks_with_nothing_to_write_are_no_trouble(tmp_path: Path) -> None:
+    launch(3, work.few_tensors_many_ranks, tmp_path, timeout=world.TIMEOUT)
+    found = whole.load(checkpoint.latest(tmp_path))
+    assert found["parameters/x"].tolist() == [0, 1, 2]
 
 
 # Dying

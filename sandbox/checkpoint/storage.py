@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
 
 from sandbox.checkpoint.folder import checksum, told
 from sandbox.errors import CheckpointError
@@ -129,16 +130,20 @@ def write(folder: Path, pieces: Mapping[str, Piece], group: dist.ProcessGroup | 
     plans, index = planner.create_global_plan(_once(together(offer, group)))  # the same on every rank
     plan = planner.finish_plan(writer.prepare_global_plan(plans)[rank])
 
-    def store() -> tuple[list[Any], dict[str, str]]:
+    def store() -> tuple[list[WriteResult], dict[str, str]]:
         results = writer.write_data(plan, planner).wait()
-        files = {result.storage_data.relative_path for result in results}
-        return results, {name: checksum(folder / name) for name in files}
+        return results, {file.name: checksum(file) for file in folder.glob(f"__{rank}_*")}
 
     stored = together(store, group)
-    sums = {name: digest for _, found in stored for name, digest in found.items()}
-    if rank == 0:
+
+    def finish() -> str:
+        if rank:
+            return ""
         writer.finish(index, [results for results, _ in stored])
-        sums[".metadata"] = checksum(folder / ".metadata")
+        return checksum(folder / ".metadata")
+
+    sums = {name: digest for _, found in stored for name, digest in found.items()}
+    sums[".metadata"], *_ = together(finish, group)
     return sums
 
 
