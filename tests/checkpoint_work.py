@@ -233,15 +233,15 @@ BUGS = (
 # Saving beside the training
 
 
-def killed_in_the_second_save(member: Member, config: Config, folder: Path, moment: int) -> None:
-    """Save after step 1; die on rank 1 in the save after step 2, which goes on while the third step is computed."""
+def killed_in_the_second_save(member: Member, config: Config, folder: Path, rank: int, moment: int) -> None:
+    """Save after step 1; die on `rank` in the save after step 2, which goes on while the third step is computed."""
     trainer = world.trainer_of(member, config)
     trainer.train_step()
     with checkpoint.Saver(folder, asynchronous=True) as saver:
         saver.save(trainer)
         trainer.train_step()
         saver.wait()
-        if member.rank == 1:
+        if member.rank == rank:
             kills.die_at(moment, folder)
         saver.save(trainer)
         trainer.train_step()

@@ -175,7 +175,7 @@ def test_a_saver_that_makes_room_first_is_seen_to_leave_nothing(tmp_path: Path) 
 def test_a_rank_killed_in_a_save_beside_the_training_leaves_the_one_before(tmp_path: Path, moment: int) -> None:
     config = work.config("zero1 x 3")
     with pytest.raises(WorkerError, match="rank 1 was killed by signal 9"):
-        launch(3, work.killed_in_the_second_save, config, tmp_path, moment, timeout=world.TIMEOUT)
+        launch(3, work.killed_in_the_second_save, config, tmp_path, 1, moment, timeout=world.TIMEOUT)
     assert checkpoint.latest(tmp_path).name == "step-000001"
     resumed = launch(3, work.resume, config, tmp_path, timeout=world.TIMEOUT)
     assert [step for step, *_ in resumed[0][0]] == [2, 3]

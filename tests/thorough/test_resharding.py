@@ -44,9 +44,9 @@ def test_a_save_killed_at_hundreds_of_places_leaves_a_good_one(tmp_path: Path) -
     assert kills >= 200
 
 
-@pytest.mark.parametrize("moment", range(2, 6))
-def test_a_rank_killed_in_a_save_beside_the_training_leaves_a_good_one(tmp_path: Path, moment: int) -> None:
+@pytest.mark.parametrize("moment", [0, 3, 6, 9])
+def test_the_first_rank_killed_in_a_save_beside_the_training_leaves_a_good_one(tmp_path: Path, moment: int) -> None:
     config = work.config("zero1 x 3", train={"steps": 4})
-    with pytest.raises(WorkerError):
-        launch(3, work.killed_in_the_second_save, config, tmp_path, moment, timeout=world.TIMEOUT)
+    with pytest.raises(WorkerError, match="rank 0 was killed by signal 9"):
+        launch(3, work.killed_in_the_second_save, config, tmp_path, 0, moment, timeout=world.TIMEOUT)
     assert launch(3, work.resume, config, tmp_path, timeout=world.TIMEOUT)[0][0][-1][0] == 4
