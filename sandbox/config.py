@@ -284,12 +284,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if (
-            not self.name.strip(". ")
-            or not self.name.isprintable()
-            or set(self.name) & set("/\\")
-            or len(self.name) > 200
-        ):
+        if self.name == ".." or set(self.name) & set("/\\") or not self.name.isprintable() or len(self.name) > 200:
             raise ValueError(f"name {_brief.repr(self.name)} cannot be that of a folder. Use letters and digits.")
         least = self.mesh.dp.degree * self.train.microbatches
         if self.train.batch < least:

@@ -79,7 +79,7 @@ def configs(folder: Path, seeds: Sequence[int]) -> int:
         config = load(path)
         plan(config)
         assert Config.model_validate(config.model_dump(mode="json")) == config
-        assert (folder / "runs" / config.name).parent == folder / "runs"
+        assert (folder / "runs" / config.name).resolve().is_relative_to((folder / "runs").resolve())
 
     refused = attempts(seeds, case)
     assert sorted(file.name for file in folder.iterdir()) == ["c.yaml"]

@@ -179,7 +179,6 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         "train: {lr: .inf}",
         "run: {timeout: .inf}",
         "model: {width: 1000000000000000000, heads: 7}",
-        "name: ''",
         "name: ..",
         "name: a/b",
         'name: "a\\0"',
