@@ -33,21 +33,25 @@ class RunRecord(BaseModel):
 
         Raises ConfigError: no such file, or a line that is not JSON. The last line may be cut off: the run was killed.
         """
-        lines = _lines(folder / "metrics.jsonl")
-        head: dict[str, Any] = next((line["run"] for line in lines if "run" in line), {})
-        speeds = sorted(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
-        return cls(
-            name=head.get("name", folder.name),
-            engine=head.get("engine", ""),
-            strategy=head.get("strategy", ""),
-            mesh=head.get("mesh", ""),
-            losses=_curve(lines, "loss"),
-            validation=_curve(lines, "validation_loss"),
-            reference=_curve(_lines(reference / "metrics.jsonl"), "loss") if reference else [],
-            grad_norm=_curve(lines, "grad_norm"),
-            unigram_entropy=head.get("unigram_entropy"),
-            tokens_per_second=speeds[len(speeds) // 2] if speeds else None,
-        )
+        try:
+            lines = _lines(folder / "metrics.jsonl")
+            head: dict[str, Any] = next((line["run"] for line in lines if "run" in line), {})
+            speeds = sorted(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
+            return cls(
+                name=head.get("name", folder.name),
+                engine=head.get("engine", ""),
+                strategy=head.get("strategy", ""),
+                mesh=head.get("mesh", ""),
+                losses=_curve(lines, "loss"),
+                validation=_curve(lines, "validation_loss"),
+                reference=_curve(_lines(reference / "metrics.jsonl"), "loss") if reference else [],
+                grad_norm=_curve(lines, "grad_norm"),
+                unigram_entropy=head.get("unigram_entropy"),
+                tokens_per_second=speeds[len(speeds) // 2] if speeds else None,
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            text = f"{type(error).__name__}: {error}"[:200]
+            raise ConfigError(f"{folder / 'metrics.jsonl'}: is not what a run writes ({text}).") from None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
