@@ -4,10 +4,10 @@ import functools
 import re
 from typing import Any
 
-import context_work
 import pytest
 import torch
 import torch_axes_work as work
+import world
 
 from sandbox.config import Config, Data, Model
 from sandbox.engines.torch.pipeline import NAMES, filled
@@ -156,8 +156,8 @@ def test_gradients_bytes_and_memory_are_the_unsharded_runs_and_the_formulas(name
 def test_validation_agrees_with_the_unsharded_run(axes: Axes) -> None:
     config = settings(axes, train={"microbatches": 4})
     verifier()
-    (expected,) = launch(1, context_work.losses, config.reference(), timeout=60)
-    for found in launch(config.mesh.world, context_work.losses, config, timeout=60):
+    (expected,) = launch(1, world.losses, config.reference(), timeout=60)
+    for found in launch(config.mesh.world, world.losses, config, timeout=60):
         assert found == pytest.approx(expected, rel=1e-12)
 
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-import context_work
 import torch
+import world
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,7 +23,7 @@ ROWS, HEADS, SEQUENCE, WIDTH = 2, 3, 24, 8
 def evaluated_by_torch_alone(member: Member, config: Config) -> None:
     """Validate by torch's schedule as it is."""
     pipeline.forwards = iter  # type: ignore[assignment]
-    context_work.losses(member, config)
+    world.losses(member, config)
 
 
 def rings(member: Member, order: str) -> list[Tensor]:
