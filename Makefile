@@ -10,7 +10,7 @@ SHORT := --set train.steps=60
 RUNS := unsharded ddp zero2 fsdp
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint unit parity thorough bench picture pictures clean
+.PHONY: help demo test lint unit parity engines thorough bench picture pictures clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +23,7 @@ demo: .venv/.installed  ## Train unsharded, DDP, ZeRO-2 and FSDP, verify every c
 	$(SANDBOX) verify configs/*.yaml --json runs/verdicts.json
 	$(SANDBOX) report $(RUNS:%=runs/%) runs/verdicts.json --reference runs/unsharded --out runs/report.html
 
-test: lint unit parity  ## Lint, types, import contracts, and all tests in random order
+test: lint unit parity engines  ## Lint, types, import contracts, and all tests in random order
 
 lint: .venv/.installed  ## ruff, mypy, import contracts
 	$(BIN)/ruff check
@@ -35,7 +35,10 @@ unit: .venv/.installed  ## Tests of one process
 	$(BIN)/pytest -m unit
 
 parity: .venv/.installed  ## Tests of several processes, for the data axis and the whole matrix
-	$(BIN)/pytest -m parity --ignore tests/thorough
+	$(BIN)/pytest -m "parity and not engines" --ignore tests/thorough
+
+engines: .venv/.installed  ## The same for FairScale, Accelerate and DeepSpeed; five minutes
+	$(BIN)/pytest -m engines
 
 thorough: .venv/.installed  ## More tests of several processes: corners of each strategy, and plans drawn at random; minutes
 	$(BIN)/pytest -m parity tests/thorough

@@ -82,8 +82,9 @@ def verify(
     all_: Annotated[bool, typer.Option("--all", help="Every strategy of every engine, by world and option.")] = False,
     only: Annotated[str, typer.Option(metavar="TEXT", help="Of --all, cases whose `engine name` contains this.")] = "",
     dtype: Annotated[
-        str, typer.Option(help="float64, the truth; float32, bfloat16; or config, the config's own.")
-    ] = "float64",
+        str,
+        typer.Option(help="finest: float64, or float32 where an engine is fixed to it. Or float32, bfloat16, config."),
+    ] = "finest",
     json_: JsonFile = None,
     report: ReportFile = None,
 ) -> None:
@@ -97,11 +98,12 @@ def verify(
     warm()
     if bool(configs) == all_:
         raise ConfigError("verify: name configs, such as configs/zero2.yaml, or say --all.")
-    if dtype not in ("float64", "float32", "bfloat16", "config"):
-        raise ConfigError(f"--dtype {dtype}: is not one of float64, float32, bfloat16, config.")
+    if dtype not in ("finest", "float64", "float32", "bfloat16", "config"):
+        raise ConfigError(f"--dtype {dtype}: is not one of finest, float64, float32, bfloat16, config.")
     _writable("--json", json_)
     _writable("--report", report)
     settings = [_load(path, set_) for path in configs or []]
+    from sandbox.plan import finest
     from sandbox.verify import Case, fixture, matrix
 
     if all_:
@@ -109,7 +111,8 @@ def verify(
         if not cases:
             raise ConfigError(f"--only {only}: no case of --all has that in its `engine name`.")
     else:
-        cases = [Case(fixture(config, None if dtype == "config" else dtype)) for config in settings]
+        given = None if dtype == "config" else dtype
+        cases = [Case(fixture(config, finest(config) if dtype == "finest" else given)) for config in settings]
     verdicts = _verify(cases)
     _show(verdicts, json_, report)
     if not all(case.held for case in verdicts.cases):
@@ -318,6 +321,10 @@ def _version(engine: str) -> str:
     """The version of what an engine runs on."""
     from importlib.metadata import version
 
+    from sandbox.plan import missing
+
+    if missing(engine):
+        return "not installed: pip install 'distributed-training-sandbox[engines]'"
     own = version("distributed-training-sandbox")
     return f"{own} on torch {version('torch')}" if engine == "native" else version(engine)
 

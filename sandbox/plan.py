@@ -11,12 +11,16 @@ A strategy is a module, found by its place: `sandbox/strategies/NAME.py` for the
     check           optional: (config, options) -> None, raises ConfigError with the nearest setting that would work
     schedule        optional: (config, options) -> Schedule, who does what when, for `explain` to draw
     columns         optional: (sequence, ranks, order) -> the columns of each rank, for `explain` to draw
+    REFUSES         optional: dtype -> why it cannot compute in it
+    ROUNDS          optional: in bfloat16, the model's own parameters are bfloat16 too
 
-and its docstring is what `sandbox explain` prints. An engine's package may hold UNSUPPORTED: strategy -> reason.
+and its docstring is what `sandbox explain` prints. An engine's package may hold UNSUPPORTED: strategy -> reason,
+REQUIRES: the packages that have to be installed, and PRELOAD: what to import once instead of in each rank.
 """
 
 import difflib
 import importlib
+import importlib.util
 import pkgutil
 from collections import defaultdict
 from collections.abc import Iterator
@@ -44,11 +48,15 @@ __all__ = [
     "Strategy",
     "engines",
     "find",
+    "finest",
     "fold",
     "layouts",
+    "missing",
     "name_of",
     "plan",
     "predict",
+    "preload",
+    "required",
     "strategies",
     "unsupported",
 ]
@@ -102,6 +110,21 @@ def unsupported(engine: str) -> dict[str, str]:
     return dict(getattr(importlib.import_module(_package(engine)), "UNSUPPORTED", {}))
 
 
+def required(engine: str) -> tuple[str, ...]:
+    """Packages that an engine needs, beyond what this project cannot do without."""
+    return tuple(getattr(importlib.import_module(_package(engine)), "REQUIRES", ()))
+
+
+def missing(engine: str) -> list[str]:
+    """Of those, the ones that are not installed."""
+    return [name for name in required(engine) if importlib.util.find_spec(name) is None]
+
+
+def preload(engine: str) -> list[str]:
+    """Modules that every rank of an engine imports, as far as they are installed."""
+    return [] if missing(engine) else list(getattr(importlib.import_module(_package(engine)), "PRELOAD", ()))
+
+
 def find(engine: str, name: str) -> Strategy:
     """The module of a strategy. Raises UnsupportedError with the reason, or ConfigError with the nearest name."""
     if engine not in engines():
@@ -114,13 +137,40 @@ def find(engine: str, name: str) -> Strategy:
 
 
 def plan(config: Config) -> list[Planned]:
-    """The strategies of `config` with their options, in the order of the fold; axes of degree 1 are only checked."""
-    return [planned for planned, active in _resolve(config) if active]
+    """The strategies of `config` with their options, in the order of the fold; axes of degree 1 are only checked.
+
+    Raises ConfigError: a name or option is wrong, or a package is missing. UnsupportedError: the engine cannot do it.
+    """
+    active = [planned for planned, active in _resolve(config) if active]
+    for planned in active:
+        refused = getattr(planned.strategy, "REFUSES", {})
+        if reason := refused.get(config.train.dtype):
+            name = planned.strategy.__name__.rpartition(".")[2]
+            raise UnsupportedError(
+                f"train.dtype: engine {config.engine} cannot run {name} in {config.train.dtype}: {reason} "
+                f"Set train.dtype: {finest(config)}."
+            )
+    if lacking := missing(config.engine):
+        raise ConfigError(
+            f"engine: {config.engine} needs {', '.join(lacking)}, not installed here: "
+            "pip install 'distributed-training-sandbox[engines]'."
+        )
+    if required(config.engine) and config.model.experts:
+        raise UnsupportedError(f"model.experts: not tried under engine {config.engine}. Set model.experts: 0.")
+    return active
 
 
 def name_of(config: Config) -> str:
     """The strategies at work, for people: `zero2`, `pipeline + ddp`, or `unsharded`."""
     return " + ".join(p.strategy.__name__.rpartition(".")[2] for p in plan(config)) or "unsharded"
+
+
+def finest(config: Config) -> str:
+    """The widest dtype in which the strategies of `config` can compute."""
+    wide = [(axis, section) for axis in FOLD if (section := getattr(config.mesh, axis)).degree > 1]
+    chosen = [find(config.engine, section.strategy or USUAL[axis]) for axis, section in wide]
+    refused = {dtype for strategy in chosen for dtype in getattr(strategy, "REFUSES", {})}
+    return "float32" if "float64" in refused else "float64"
 
 
 def fold(config: Config, mesh: Mesh, device: torch.device) -> Program:
@@ -180,9 +230,12 @@ def _resolve(config: Config) -> Iterator[tuple[Planned, bool]]:
         if axis != "dp" and section.degree == 1 and not (section.strategy or section.options):
             continue
         path = f"mesh.{axis}"
+        active = section.degree > 1 or (axis == "dp" and config.mesh.cp.degree > 1)
         try:
             strategy = find(config.engine, section.strategy or USUAL[axis])
         except UnsupportedError:
+            if not active:
+                continue
             raise
         except ConfigError as error:
             raise ConfigError(f"{path}.strategy: {error}" if "strategy" in str(error) else str(error)) from None
@@ -191,7 +244,6 @@ def _resolve(config: Config) -> Iterator[tuple[Planned, bool]]:
         options = check(strategy.Options, section.options, prefix=path, also=type(section).model_fields)
         if hasattr(strategy, "check") and section.degree > 1:
             strategy.check(config, options)
-        active = section.degree > 1 or (axis == "dp" and config.mesh.cp.degree > 1)
         yield Planned(strategy, options), active
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from sandbox import cli
+from sandbox.plan import engines
 from sandbox.verdict import Verdicts
 
 unit, parity = pytest.mark.unit, pytest.mark.parity
@@ -101,7 +102,7 @@ def config(tmp_path: Path) -> Path:
         (("verify", "small.yaml", "--all"), "verify: name configs, such as configs/zero2.yaml, or say --all."),
         (
             ("verify", "small.yaml", "--dtype", "float16"),
-            "--dtype float16: is not one of float64, float32, bfloat16, config.",
+            "--dtype float16: is not one of finest, float64, float32, bfloat16, config.",
         ),
         (("verify", "--all", "--only", "zzz"), "--only zzz: no case of --all has that in its `engine name`."),
         (("explain", "small.yaml", "--set", "mesh.dp.degree=1"), "small.yaml: one rank has no strategy to explain."),
@@ -169,8 +170,12 @@ def test_the_list_shows_what_runs_and_why_the_rest_does_not(sandbox: Run) -> Non
         assert any(row.split()[:1] == [line] for row in answer.out.splitlines())
     assert "- torch zero2: " in answer.out
     marks = {row.split()[0]: row.split()[2:] for row in answer.out.splitlines() if row.split()[1:2] == ["dp"]}
-    assert marks["zero2"] == ["✓", "-"]
-    assert marks["ddp"] == ["✓", "✓"]
+    assert dict(zip(engines(), marks["zero2"], strict=True)) == {
+        "native": "✓", "accelerate": "✓", "deepspeed": "✓", "fairscale": "✓", "torch": "-"
+    }  # fmt: skip
+    assert marks["ddp"] == ["✓", "✓", "✓", "-", "✓"]
+    for engine in engines():
+        assert any(row.startswith(f"{engine}: ") and any(c.isdigit() for c in row) for row in answer.out.splitlines())
 
 
 @unit

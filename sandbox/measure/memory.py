@@ -130,7 +130,9 @@ def _made(out: Any) -> Iterator[torch.UntypedStorage]:
 
 
 def _params(program: Program) -> list[Tensor]:
-    return [*program.model.parameters(), *program.parameters.values()]
+    params = list(program.model.parameters())
+    elsewhere = [p.ds_tensor for p in params if hasattr(p, "ds_tensor")]  # DeepSpeed's stage 3 keeps parts aside
+    return [*params, *elsewhere, *program.parameters.values()]
 
 
 def _storages(params: Sequence[Tensor], optimizer: Optimizer) -> Iterator[tuple[str, torch.UntypedStorage]]:

@@ -12,7 +12,7 @@ from sandbox.verdict import Verdict, Verdicts
 __all__ = ["Report", "show"]
 
 STYLES = {"held": "green", "mismatch": "bold red", "failed": "bold red", "unsupported": "dim"}
-SPARE = ("dtype", "engine", "time", "strategy", "bytes/theory", "loss", "mesh", "steps")
+SPARE = ("dtype", "allowed", "engine", "time", "strategy", "bytes/theory", "loss", "mesh", "steps")
 """Columns that a narrow terminal goes without, the first first."""
 SHOWN = 3  # tensors of one mismatch
 
@@ -50,13 +50,16 @@ def show(verdicts: Verdicts, console: Console | None = None) -> None:
 def _table(cases: list[Verdict], without: tuple[str, ...]) -> Table:
     steps = max((len(case.losses) for case in cases), default=0)
     right = ("loss", "gradients", "steps", "bytes/theory", "time")
+    numbers = (*right, "allowed")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("", width=1)
     columns = ["config", "engine", "strategy", "mesh", "dtype", *right]
+    if any(case.dtype != "float64" for case in cases):
+        columns.insert(columns.index("bytes/theory"), "allowed")
     columns = [column for column in columns if column not in without]
     for column in columns:
         header = f"{steps} steps" if column == "steps" and steps else column
-        table.add_column(header, justify="right" if column in right else "left", no_wrap=True, overflow="ellipsis")
+        table.add_column(header, justify="right" if column in numbers else "left", no_wrap=True, overflow="ellipsis")
     for case in cases:
         cells = _cells(case)
         mark = Text(words.MARKS[case.status], STYLES[case.status])
@@ -74,6 +77,7 @@ def _cells(case: Verdict) -> dict[str, Text]:
         "mesh": Text(case.mesh),
         "dtype": Text(case.dtype),
         "bytes/theory": Text(words.factor(case.traffic.values())),
+        "allowed": Text(words.error(case.tolerance) if ran else words.NONE),
         "time": Text(words.duration(case.seconds) if case.seconds else words.NONE),
     }
     for column, value in errors.items():

@@ -3,16 +3,18 @@
 from typing import Any
 
 from sandbox.config import Config, Data, Mesh, Model, Train
-from sandbox.plan import find
+from sandbox.plan import find, finest
 from sandbox.verify.verifier import Case, fixture
 
 __all__ = [
-    "DATA", "EVERY", "EXPERTS", "FULL", "MANY", "MANY_TIED", "MODEL", "SWITCH", "TIED", "TRAIN", "alone", "case",
+    "DATA", "EVEN", "EVERY", "EXPERTS", "FULL", "MANY", "MANY_TIED", "MODEL", "SWITCH", "TIED", "TRAIN",
+    "alone", "case",
 ]  # fmt: skip
 
 MODEL = Model(
     layers=2, width=24, heads=4, kv_heads=2, hidden=37, norm="layer", mlp="gelu", bias=True, qk_norm=True, dropout=0.1
 )
+EVEN = MODEL.model_copy(update={"hidden": 36})  # for libraries that cut into equal parts only
 MANY = MODEL.model_copy(update={"width": 48, "heads": 12, "kv_heads": 12})  # heads that divide
 TIED = Model(layers=2, width=24, heads=4, kv_heads=1, tied=True, vocab_multiple=8)
 MANY_TIED = MANY.model_copy(update={"tied": True})
@@ -53,12 +55,16 @@ def case(
     model: Model = MODEL,
     data: Data = DATA,
     train: dict[str, Any] | None = None,
-    dtype: str = "float64",
+    dtype: str | None = None,
     bucket_mb: float = 0.04,
 ) -> Case:
-    """One small case of any mesh: axis -> degree, strategy, options. Buckets are small, so that there are several."""
+    """One small case of any mesh: axis -> degree, strategy, options. Buckets are small, so that there are several.
+
+    `dtype` None is the widest that the strategies can compute in.
+    """
     sections = Mesh.model_validate(mesh)
-    if "bucket_mb" in find(engine, sections.dp.strategy).Options.model_fields and "dp" in mesh:
+    if "dp" in mesh and "bucket_mb" in find(engine, sections.dp.strategy).Options.model_fields:
         sections = Mesh.model_validate(mesh | {"dp": {"bucket_mb": bucket_mb} | mesh["dp"]})
     train_ = TRAIN.model_copy(update=train or {})
-    return Case(fixture(Config(name=name, engine=engine, mesh=sections, model=model, data=data, train=train_), dtype))
+    config = Config(name=name, engine=engine, mesh=sections, model=model, data=data, train=train_)
+    return Case(fixture(config, dtype or finest(config)))

@@ -13,8 +13,8 @@ from pydantic.fields import FieldInfo
 
 from sandbox.config import Data
 from sandbox.errors import ConfigError
-from sandbox.plan import engines, find, plan, strategies
-from sandbox.verify.cases import EVERY, EXPERTS, MANY, MANY_TIED, SWITCH, TIED, alone
+from sandbox.plan import engines, find, finest, plan, required, strategies
+from sandbox.verify.cases import EVEN, EVERY, EXPERTS, MANY, MANY_TIED, SWITCH, TIED, alone
 from sandbox.verify.compositions import compositions
 from sandbox.verify.verifier import Case
 
@@ -37,11 +37,14 @@ def matrix() -> Iterator[Case]:
 def _alone(engine: str, name: str) -> Iterator[Case]:
     strategy, make = find(engine, name), partial(alone, engine, name)
     data, experts = strategy.AXIS == "dp", strategy.AXIS == "ep"
-    for world in (2, 3, 4, 8) if data else (2, 3, 4):
+    library = bool(required(engine))
+    worlds = (2, 3, 4, 8) if data else (2, 3, 4)
+    for world in (2, 4) if library else worlds:
         case = partial(make, world)
         yield from _first(
             partial(case, ""),
             partial(case, "many heads", model=MANY),
+            partial(case, "even", model=EVEN),
             partial(case, "four microbatches", train=FOUR),
         )
     for label, options in _variants(strategy.Options.model_fields):
@@ -56,8 +59,9 @@ def _alone(engine: str, name: str) -> Iterator[Case]:
     # where two right runs send a token to different experts, their gradients have nothing in common
     smooth: dict[str, Any] = {"model": EVERY} if experts else {}
     for dtype in ("float32", "bfloat16"):
-        yield from _first(partial(make, 2, dtype, dtype=dtype, **smooth))
-    for how in ("selective", "full"):
+        if not library or finest(make(2, "").config) != dtype:
+            yield from _first(partial(make, 2, dtype, dtype=dtype, **smooth))
+    for how in ("full",) if library else ("selective", "full"):
         yield from _first(partial(make, 2, f"recompute {how}", train={"recompute": how}))
     if not experts:
         yield from _first(partial(make, 2, "experts", model=EXPERTS))

@@ -6,7 +6,8 @@ drift apart is the noise of the training itself:
 
     floor       a gradient that is zero in exact arithmetic (a key's bias, without rotary positions) is noise. A tensor
                 whose noise exceeds 256 eps of its size is measured against noise / (256 eps) instead of its size.
-    tolerance   float64: 1e-12. Below: 4 times the largest noise of any tensor.
+    tolerance   float64: 1e-12. Below: 4 times the largest noise of any tensor. In bfloat16, where a strategy keeps
+                the model's own parameters as bfloat16, the third run is from parameters rounded to that.
 """
 
 import functools
@@ -25,9 +26,9 @@ from torch import Tensor
 from sandbox.config import Config
 from sandbox.errors import SandboxError, UnsupportedError
 from sandbox.measure import align
-from sandbox.plan import name_of, predict
+from sandbox.plan import name_of, plan, predict, preload
 from sandbox.program import training_loss
-from sandbox.runtime import Member, launch
+from sandbox.runtime import Member, launch, warm
 from sandbox.trainer import Trainer
 from sandbox.verdict import Amount, Difference, Verdict
 from sandbox.verify.capture import Capture, capture
@@ -112,6 +113,7 @@ class Verifier:
         )
         try:
             verdict.strategy = name_of(config)
+            warm(*preload(config.engine))
             reference = self.reference(config)
             started = time.perf_counter()
             ranks = launch(config.mesh.world, capture, config, case.prepare, timeout=config.run.timeout)
@@ -125,10 +127,13 @@ class Verifier:
 
     def reference(self, config: Config) -> Reference:
         """The unsharded run of a training, from memory if it was run before."""
-        key = config.reference().model_copy(update={"name": "", "run": type(config.run)()}).model_dump_json()
+        rounded = any(getattr(p.strategy, "ROUNDS", False) for p in plan(config))
+        move = round_off if rounded and config.train.dtype == "bfloat16" else nudge
+        plain = config.reference().model_copy(update={"name": "", "run": type(config.run)()})
+        key = f"{move.__name__} {plain.model_dump_json()}"
         with self._lock:
             if key not in self._references:
-                runs, rows = launch(1, _reference_runs, config.reference(), timeout=config.run.timeout)[0]
+                runs, rows = launch(1, _reference_runs, config.reference(), move, timeout=config.run.timeout)[0]
                 self._references[key] = _reference(runs, rows, config.train.dtype)
             return self._references[key]
 
@@ -176,7 +181,9 @@ class Verifier:
             verdict.status, verdict.cause = "mismatch", diagnose(found)
 
 
-def _reference_runs(member: Member, config: Config) -> tuple[list[Capture], list[RowLoss]]:
+def _reference_runs(
+    member: Member, config: Config, move: Callable[[Trainer], None]
+) -> tuple[list[Capture], list[RowLoss]]:
     """The training, its sums in another order, and below float64 from neighbouring parameters; and each row's loss."""
     losses: list[RowLoss] = []
     rows = config.train.model_copy(update={"microbatches": config.train.batch})
@@ -185,7 +192,7 @@ def _reference_runs(member: Member, config: Config) -> tuple[list[Capture], list
         capture(member, config.model_copy(update={"train": rows})),
     ]
     if config.train.dtype != "float64":
-        runs.append(capture(member, config, nudge))
+        runs.append(capture(member, config, move))
     return runs, losses
 
 
@@ -204,6 +211,13 @@ def nudge(trainer: Trainer) -> None:
         signs = torch.ones(param.numel(), dtype=param.dtype)
         signs[::2] = -1
         param.mul_(1 + torch.finfo(param.dtype).eps * signs.view_as(param))
+
+
+@torch.no_grad()
+def round_off(trainer: Trainer) -> None:
+    """Move every parameter to the nearest bfloat16."""
+    for param in trainer.program.parameters.values():
+        param.copy_(param.bfloat16())
 
 
 def _reference(runs: Sequence[Capture], rows: list[RowLoss], dtype: str) -> Reference:

@@ -1,0 +1,73 @@
+"""An Accelerator for the processes that are there already, and the loop that Accelerate asks for."""
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sandbox.batch import Batch
+from sandbox.program import ForwardBackward, Program
+
+__all__ = ["accumulate", "clip_with", "make_accelerator", "with_hooks"]
+
+
+def make_accelerator(*, multi_device: bool = False, **settings: Any) -> Any:
+    """An Accelerator of this rank, with `settings` of its constructor.
+
+    `multi_device`: on CPU, Accelerate leaves out FSDP and ParallelismConfig, the first without a word. The code that
+    it leaves out runs on gloo all the same, if only the kind of process does not read `MULTI_CPU`.
+    """
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import DistributedType
+
+    # It takes ranks from the environment alone, though the process group is there
+    os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
+    os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(dist.get_world_size()))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # or it would choose another number
+    warnings.filterwarnings("ignore", "Slicing a flattened dim", UserWarning)  # deprecated, and used by Accelerate
+    cpu = not torch.cuda.is_available()
+    if multi_device and cpu:
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return Accelerator(cpu=cpu and not multi_device, **settings)
+
+
+def accumulate(accelerator: Any, program: Program, ranks: int) -> ForwardBackward:
+    """Microbatches under `accelerator.accumulate`, whose last pass synchronises gradients.
+
+    `accelerator.backward` divides by the number of microbatches, and what it synchronises is averaged over `ranks`.
+    The loss is already a share of the global sum, so it is scaled by both.
+    """
+
+    def forward_backward(finished: Program, microbatches: list[Batch], valid: float) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=microbatches[0].tokens.device)
+        for number, batch in enumerate(microbatches, 1):
+            program.begin(number == len(microbatches))
+            with accelerator.accumulate(finished.model):
+                loss = finished.loss(finished.model(batch), batch.targets) / valid
+                accelerator.backward(loss * ranks * len(microbatches))
+            finished.reduce_grads()
+            total += loss.detach()
+        return total
+
+    return forward_backward
+
+
+def with_hooks(optimizer: Any) -> Any:
+    """An AcceleratedOptimizer with the hooks of the one inside; it has none, as it skips torch's constructor."""
+    inner = optimizer.optimizer
+    optimizer.register_step_pre_hook = inner.register_step_pre_hook
+    optimizer.register_step_post_hook = inner.register_step_post_hook
+    return optimizer
+
+
+def clip_with(accelerator: Any, parameters: Mapping[str, nn.Parameter], most: float | None) -> Tensor:
+    """`Accelerator.clip_grad_norm_`, which takes DTensors too."""
+    norm = accelerator.clip_grad_norm_(parameters.values(), float("inf") if most is None else most)
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole.double()

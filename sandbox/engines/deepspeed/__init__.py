@@ -1,0 +1,18 @@
+"""Engine `deepspeed`: DeepSpeed's own engine, optimizer and accumulation, in the slots of `sandbox.program`."""
+
+REQUIRES = ("deepspeed",)
+"""Packages that have to be installed, of the extra `engines`."""
+
+PRELOAD = (
+    "deepspeed",
+    "deepspeed.runtime.bf16_optimizer",
+    "deepspeed.runtime.zero.muon.original_muon",  # which compiles, and so imports torch._inductor
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.stage_1_and_2",
+)
+
+UNSUPPORTED = {
+    "tensor": "AutoTP finds no policy for this model, only for Hugging Face's. Use engine native or fairscale.",
+    "fsdp": "DeepSpeed cuts parameters in ranges, not by rows. Use strategy zero3.",
+}
+"""Strategies of ours that DeepSpeed does not have, or not here, each with the reason."""

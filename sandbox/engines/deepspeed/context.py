@@ -1,0 +1,102 @@
+"""DeepSpeed's Ulysses: columns are exchanged for heads before attention, and back after it.
+
+    tensor            outside             in attention
+    batch, hidden X   X[B, S_cp, D]       -
+    queries Q         Q[B, S_cp, H, E]    Q[B, S, H_cp, E]
+    keys, values K    K[B, S_cp, G, E]    K[B, S, G_cp, E]
+    parameter W       W[D, F]             -
+    gradient  G       G[D, F]{U_cp}       -
+
+`X[B, S_cp, D]` reads: columns cut over cp, in one run a rank; `{U_cp}`: not yet summed over cp, which the data strategy
+does, over dp x cp at once.
+
+Bytes sent by a rank of n in one layer and one step: (n-1)/n (2 Q + K) to all_to_all forward, and the same backward (Q:
+its queries, or what comes out, K: its keys and values together). Memory: nothing between steps.
+
+All parts have one size: n must divide the columns, the heads, and the key/value heads.
+
+Source: DeepSpeed 0.19.8; Jacobs et al., "DeepSpeed Ulysses", 2023.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from sandbox.batch import Batch
+from sandbox.blockwise import Share
+from sandbox.config import Config
+from sandbox.config import Options as Base
+from sandbox.engines.deepspeed import _engine
+from sandbox.errors import UnsupportedError
+from sandbox.mesh import Mesh
+from sandbox.model import Attention
+from sandbox.model.attention import Core
+from sandbox.predict import Prediction
+from sandbox.program import Program
+
+AXIS = "cp"
+REFUSES = _engine.REFUSES
+
+
+class Options(Base):
+    """Options of `context`: none."""
+
+
+def check(config: Config, options: Options) -> None:
+    """Raises UnsupportedError: something that the degree does not divide."""
+    degree, model = config.mesh.cp.degree, config.model
+    for name, count in (
+        ("data.sequence", config.data.sequence),
+        ("model.heads", model.heads),
+        ("model.kv_heads", model.groups),
+    ):
+        if count % degree:
+            raise UnsupportedError(f"mesh.cp.degree {degree} does not divide {name} {count}, as Ulysses needs.")
+
+
+def apply(program: Program, mesh: Mesh, options: Options) -> Program:
+    """Return `program` with its columns cut over cp, and attention by DeepSpeed's DistributedAttention."""
+    _engine.prepare()
+    from deepspeed.sequence.layer import DistributedAttention
+
+    axis = mesh.axis("cp")
+
+    def local(inner: Core, batch: Batch) -> Core:
+        def attend(q: Tensor, k: Tensor, v: Tensor, _: object = None) -> Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return inner(q, k, v, batch).transpose(1, 2).contiguous()
+
+        return attend
+
+    def core(inner: Core) -> Core:
+        def attend(q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+            assert isinstance(batch, Share)
+            ulysses = DistributedAttention(local(inner, batch.whole), axis.group, scatter_idx=2, gather_idx=1)
+            q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+            out: Tensor = ulysses(q, k, v, batch_dim_idx=0)
+            return out.transpose(1, 2)
+
+        return attend
+
+    for module in program.model.modules():
+        if isinstance(module, Attention):
+            module.core = core(module.core)
+
+    def shard_batch(batch: Batch) -> Batch:
+        whole = program.shard_batch(batch)
+        return Share.of(whole, list(torch.arange(len(whole.columns)).chunk(axis.size)), axis.rank)
+
+    return replace(program, shard_batch=shard_batch)
+
+
+def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
+    """Bytes that this rank sends in one step. It holds nothing of its own between steps."""
+    axis, train = mesh.axis("cp"), config.train
+    rows = train.batch // mesh.data.size + (mesh.data.rank < train.batch % mesh.data.size)
+    heads = sum(2 * config.model.heads + 2 * config.model.groups for m in model.modules() if isinstance(m, Attention))
+    column = rows * (config.model.width // config.model.heads) * (2 if train.dtype == "bfloat16" else 4)
+    held = config.data.sequence // axis.size
+    away = held * column * heads * (axis.size - 1) // axis.size
+    turns = 2 if train.recompute == "none" else 3
+    return Prediction({f"all_to_all {axis.name}": turns * away})

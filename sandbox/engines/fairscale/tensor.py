@@ -1,0 +1,132 @@
+"""FairScale's model-parallel layers: linears of attention and MLP cut over tp, two sums a block in forward.
+
+    tensor                       before         in use
+    q, k, v, gate, up W, b       W[F_tp, D]     ColumnParallelLinear: own heads or features, of a whole input
+    o, down           W          W[D, F_tp]     RowParallelLinear: from own heads or features, a term of the sum
+    o, down           b          b[D]           added once, after the sum
+    q_norm, k_norm               w[E]           on its own heads: gradient {U_tp}, then summed
+    embedding, norms, head                      whole, and computed by every rank alike
+
+`W[F_tp, D]` reads: F is cut over axis tp in equal parts; `{U_tp}`: not yet summed over tp.
+
+Bytes sent by a rank for each microbatch: n ranks, X bytes of hidden state [B, S, D], to all_reduce 2 (n-1)/n X twice a
+block in forward, and in backward once for each of q, k, v, up and gate, where one sum for all layers of one input would
+do; and for each step 2 (n-1)/n w for w bytes of q_norm and k_norm, which FairScale leaves to its user. Memory:
+parameters, gradients and optimizer state of the cut linears by n, of all else in full.
+
+Embedding and head stay whole: FairScale's want a vocabulary that n divides, and there are 257 words.
+
+Source: FairScale 0.4.13; Shoeybi et al., "Megatron-LM", 2019.
+"""
+
+import io
+from contextlib import redirect_stdout
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from sandbox.comm import all_reduce, ring_bytes
+from sandbox.config import Config
+from sandbox.config import Options as Base
+from sandbox.errors import UnsupportedError
+from sandbox.mesh import Mesh
+from sandbox.partition import even
+from sandbox.predict import Prediction, bytes_of, state_copies
+from sandbox.program import Program, materialise, replace_parameters
+
+AXIS = "tp"
+REFUSES = {"bfloat16": "its layers multiply in the dtype of their weights, and those are float32."}
+
+COLUMNS, ROWS = ("q", "k", "v", "gate", "up"), ("o", "down")
+
+
+class Options(Base):
+    """Options of `tensor`: none."""
+
+
+def check(config: Config, options: Options) -> None:
+    """Raises UnsupportedError: a width that ranks do not divide, or another axis."""
+    degree, model = config.mesh.tp.degree, config.model
+    for name, count in (
+        ("model.heads", model.heads),
+        ("model.kv_heads", model.groups),
+        ("model.hidden", model.mlp_hidden),
+    ):
+        if count % degree:
+            raise UnsupportedError(f"mesh.tp.degree {degree} does not divide {name} {count}, as FairScale needs.")
+    if config.mesh.world != degree:
+        raise UnsupportedError("mesh: FairScale's layers were tried with tp alone. Leave mesh.tp alone on the mesh.")
+
+
+def apply(program: Program, mesh: Mesh, options: Options) -> Program:
+    """Return `program` with FairScale's layers in the place of the linears of attention and MLP."""
+    from fairscale.nn.model_parallel import initialize
+    from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    axis, model, layout = mesh.axis("tp"), program.model, dict(program.layout)
+    with redirect_stdout(io.StringIO()):  # it prints its groups
+        initialize.initialize_model_parallel(axis.size)
+    for name, linear in list(model.named_modules()):
+        parent, _, key = name.rpartition(".")
+        if not isinstance(linear, nn.Linear) or key not in (*COLUMNS, *ROWS):
+            continue
+        sizes = linear.in_features, linear.out_features, linear.bias is not None
+        if key in COLUMNS:
+            layer = ColumnParallelLinear(*sizes, gather_output=False, init_method=torch.zero_)
+        else:
+            layer = RowParallelLinear(*sizes, input_is_parallel=True, init_method=torch.zero_)
+        for kind, param in linear.named_parameters():
+            full = f"{name}.{kind}"
+            if key in COLUMNS or kind == "weight":
+                dim = int(key in ROWS)
+                part = param.shape[dim] // axis.size
+                layout[full] = layout[full].cut(dim, axis.rank * part, (axis.rank + 1) * part, axis.names)
+            setattr(layer, kind, nn.Parameter(torch.empty(layout[full].size, dtype=param.dtype, device="meta")))
+        setattr(model.get_submodule(parent), key, layer)
+    cut = replace(program, layout=layout)
+    parameters = materialise(cut)
+    norms = [param for name, param in parameters.items() if name.split(".")[-2] in ("q_norm", "k_norm")]
+    last = False
+
+    def begin(final: bool) -> None:
+        nonlocal last
+        program.begin(final)
+        last = final
+
+    def reduce_grads() -> None:
+        program.reduce_grads()
+        for param in norms if last else ():
+            assert param.grad is not None
+            all_reduce(param.grad, axis).wait()
+
+    return replace(cut, parameters=parameters, begin=begin, reduce_grads=reduce_grads)
+
+
+def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
+    """Bytes sent in one step and held after it, by this rank; cuts `model` down to what it holds."""
+    axis = mesh.axis("tp")
+    new, norms = {}, 0.0
+    for name, param in model.named_parameters():
+        *_, layer, kind = name.split(".")
+        if layer in COLUMNS or (layer in ROWS and kind == "weight"):
+            dim = int(layer in ROWS)
+            new[name] = nn.Parameter(param.detach().narrow(dim, 0, param.shape[dim] // axis.size).clone())
+        elif layer in ("q_norm", "k_norm"):
+            norms += ring_bytes(bytes_of([param]), axis.size)
+    replace_parameters(model, new)
+    sums = sum(
+        name.split(".")[-1] in (*COLUMNS, *ROWS) for name, module in model.named_modules() if list(module.parameters())
+    )
+    if config.train.recompute == "full":  # o's sum once more, and down's where dropout needs it
+        sums += config.model.layers * (2 if config.model.dropout else 1)
+    item = next(model.parameters()).element_size()
+    hidden = sum(
+        ring_bytes(rows * config.data.sequence * config.model.width * item, axis.size)
+        for rows in even(config.train.batch, config.train.microbatches)
+    )
+    held = bytes_of(model.parameters())
+    return Prediction(
+        {f"all_reduce {axis.name}": sums * hidden + norms},
+        {"parameters": held, "gradients": held, "optimizer": state_copies(config.train) * held},
+    )

@@ -1,0 +1,86 @@
+"""DeepSpeed by itself: what docs/what-the-libraries-do-differently.md says of it is still so."""
+
+import functools
+
+import library_work as work
+import pytest
+import torch
+
+from sandbox.engines.deepspeed import UNSUPPORTED
+from sandbox.errors import UnsupportedError
+from sandbox.plan import find, finest, plan, predict, preload
+from sandbox.runtime import launch, warm
+from sandbox.verify.cases import alone
+
+pytestmark = [pytest.mark.parity, pytest.mark.engines]
+run = functools.partial(launch, timeout=60)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    warm(*preload("deepspeed"))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_float64_becomes_float32_without_a_word(stage: int) -> None:
+    assert run(2, work.deepspeed_dtype, stage) == ["torch.float32"] * 2
+
+
+def test_stage_0_refuses_float64() -> None:
+    assert all("unsupported grad type: torch.float64" in error for error in run(2, work.deepspeed_dtype, 0))
+
+
+def test_float64_is_refused_before_it_runs() -> None:
+    case = alone("deepspeed", "zero2", 2, "", dtype="float64")
+    assert finest(case.config) == "float32"
+    with pytest.raises(UnsupportedError, match=r"cannot run zero2 in float64: .*Set train.dtype: float32"):
+        plan(case.config)
+
+
+def test_stage_0_clips_without_telling_the_norm() -> None:
+    assert run(2, work.deepspeed_norm, 0) == [None, None]
+    assert run(2, work.deepspeed_norm, 1) == pytest.approx([15**0.5] * 2)
+
+
+def test_stage_0_has_no_bfloat16_with_accumulation_in_float32() -> None:
+    assert all("unsupported mix" in error for error in run(2, work.deepspeed_mix))
+
+
+def test_stage_3_leaves_small_parameters_whole_by_default() -> None:
+    assert run(2, work.stays_whole) == [True, True]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fragments_put_together_are_what_the_public_accessor_returns(stage: int) -> None:
+    for whole, own, start in run(2, work.public_and_ours, stage):
+        assert torch.equal(whole, torch.tensor([0.0, 1.5, 3.0]).expand(5, 3))
+        assert own is not None
+        stop = min(start + own.numel(), whole.numel())  # stage 3 pads
+        assert torch.equal(own.flatten()[: stop - start], whole.flatten()[start:stop])
+
+
+def test_stage_2_sends_for_each_microbatch_what_stage_1_sends_once() -> None:
+    """That the formulas are right to the byte, the matrix shows."""
+    sent = [predict(alone("deepspeed", name, 2, "").config)[0].traffic["all_reduce dp_shard"] for name in TWO]
+    assert sent[1] == 3 * sent[0]
+    native = predict(alone("native", "zero2", 2, "", dtype="float32").config)[0].traffic["reduce_scatter dp_shard"]
+    assert sent[1] == pytest.approx(2 * native, rel=1e-3)
+
+
+TWO = ("zero1", "zero2")
+
+
+def test_the_pipeline_clips_all_stages_by_the_norm_of_the_first() -> None:
+    first, *others = run(3, work.pipeline_clip)
+    assert first == pytest.approx(1.0)
+    assert min(others) > 1.1  # 1.4 and 2.2, together 2.8, where 1 was asked for
+
+
+def test_auto_tensor_parallelism_has_no_policy_for_other_models_than_hugging_face_s() -> None:
+    assert all("Not able to determine model policy" in error for error in run(2, work.auto_tensor))
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_deepspeed_lacks_is_refused_with_a_reason(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"engine deepspeed cannot run {name}: .{{20}}"):
+        find("deepspeed", name)

@@ -1,0 +1,57 @@
+"""All engines that are libraries: what the matrix does not run."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import world
+
+from sandbox.config import Config
+from sandbox.plan import engines, find, preload, required, strategies
+from sandbox.runtime import launch, warm
+from sandbox.trainer import Trainer
+from sandbox.verify import Case
+from sandbox.verify.cases import alone
+
+CELLS = [(engine, name) for engine in engines() if required(engine) for name in strategies(engine)]
+
+
+@functools.cache
+def alone_in_one_process(key: str) -> object:
+    return launch(1, world.steps_and_validation, Config.model_validate_json(key).reference(), timeout=world.TIMEOUT)[0]
+
+
+@pytest.mark.parity
+@pytest.mark.engines
+@pytest.mark.parametrize(("engine", "name"), CELLS)
+def test_what_is_reported_and_validated_is_that_of_the_unsharded_run(engine: str, name: str) -> None:
+    warm(*preload(engine))
+    config = alone(engine, name, 2, "").config
+    key = config.model_copy(update={"name": "", "mesh": config.reference().mesh, "engine": "native"}).model_dump_json()
+    steps, validation = alone_in_one_process(key)  # type: ignore[misc]
+    for found, valid in launch(2, world.steps_and_validation, config, timeout=world.TIMEOUT):
+        assert [x for step in found for x in step] == pytest.approx([x for step in steps for x in step], rel=1e-5)
+        assert valid == pytest.approx(validation, rel=1e-5)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(("engine", "name"), CELLS)
+def test_a_module_says_what_it_cuts_what_it_sends_and_where_it_comes_from(engine: str, name: str) -> None:
+    text = find(engine, name).__doc__ or ""
+    assert "Source: " in text
+    assert "sent" in text or "Bytes sent" in text
+
+
+def slightly_off(trainer: Trainer) -> None:
+    """Rank 1's tokens count 1.0002 times."""
+    loss = trainer.program.loss
+    scale = 1.0002 if trainer.mesh.rank == 1 else 1.0
+    trainer.program = replace(trainer.program, loss=lambda logits, targets: loss(logits, targets) * scale)
+
+
+@pytest.mark.parity
+@pytest.mark.engines
+@pytest.mark.parametrize(("engine", "name"), [cell for cell in CELLS if find(*cell).AXIS == "dp"])
+def test_the_measured_tolerance_is_narrow_enough_for_a_rank_that_weighs_a_little_more(engine: str, name: str) -> None:
+    verdict = world.verifier().verify(Case(alone(engine, name, 2, "").config, slightly_off))
+    assert verdict.status == "mismatch"
