@@ -28,7 +28,7 @@ def computed_again_under_other_masks(trainer: Trainer) -> None:
     patch(dropout, "kept", drawn)
 
 
-@fault(48, "ooples/AiDotNet.Tensors/pull/643", "reduction", "zero2", train=FULL)
+@fault(48, "ooples/AiDotNet.Tensors/pull/643", "backward", "zero2", train=FULL)
 def computed_again_without_its_weights(trainer: Trainer) -> None:
     """Backward through what is computed again leads to the block's input only: the weights in it get no gradient."""
     for block in trainer.program.model.modules():
