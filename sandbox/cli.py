@@ -5,19 +5,22 @@ Imports of torch stay inside the commands, so that `--help` answers at once.
 
 import os
 import sys
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 
 import typer
 
+from sandbox import launchers
+from sandbox.arguments import ConfigPath, Set, read
 from sandbox.cli_checkpoint import app as checkpoint_app
+from sandbox.doctor.command import doctor
 from sandbox.errors import ConfigError, SandboxError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sandbox.config import Config
     from sandbox.verify import Case, Verdicts
 
 __all__ = ["app", "main"]
@@ -36,11 +39,6 @@ config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(checkpoint_app, name="checkpoint")
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/zero2.yaml.")]
-Set = Annotated[
-    Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: mesh.dp.degree=4. May be repeated."),
-]
 Folder = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="Where metrics, checkpoints and the report go; default: runs/NAME."),
@@ -67,7 +65,7 @@ def run(
 
     if not attached():
         warm()
-    settings = _load(config, set_)
+    settings = read(config, set_)
     folder = folder or settings.run.folder or Path("runs") / settings.name
     _writable("--folder", folder / "metrics.jsonl", folders=True)
     from sandbox.run import start
@@ -90,19 +88,20 @@ def verify(
 ) -> None:
     """Hold sharded runs against the unsharded one: every element of gradients and parameters, norms, bytes, memory.
 
-    The config's model, mesh and batch are kept. Three steps of SGD with momentum, rough initial values and ragged
-    masks take the place of its training, so that nothing hides a bug.
+    Here, or as one rank if torchrun started this. The config's model, mesh and batch are kept. Three steps of SGD with
+    momentum, rough initial values and ragged masks take the place of its training, so that nothing hides a bug.
     """
-    from sandbox.runtime import warm
+    from sandbox.runtime import attached, warm
 
-    warm()
+    if not attached():
+        warm()
     if bool(configs) == all_:
         raise ConfigError("verify: name configs, such as configs/zero2.yaml, or say --all.")
     if dtype not in ("finest", "float64", "float32", "bfloat16", "config"):
         raise ConfigError(f"--dtype {dtype}: is not one of finest, float64, float32, bfloat16, config.")
     _writable("--json", json_)
     _writable("--report", report)
-    settings = [_load(path, set_) for path in configs or []]
+    settings = [read(path, set_) for path in configs or []]
     from sandbox.plan import finest
     from sandbox.verify import Case, fixture, matrix
 
@@ -113,8 +112,7 @@ def verify(
     else:
         given = None if dtype == "config" else dtype
         cases = [Case(fixture(config, finest(config) if dtype == "finest" else given)) for config in settings]
-    verdicts = _verify(cases)
-    _show(verdicts, json_, report)
+    verdicts = _verify(cases, lambda verdicts: _show(verdicts, json_, report))
     if not all(case.held for case in verdicts.cases):
         raise SystemExit(1)
 
@@ -164,14 +162,14 @@ def explain(
 
     _writable("--picture", picture)
     if config is None and Path(strategy).suffix in (".yaml", ".yml"):
-        settings = _load(Path(strategy), set_)
+        settings = read(Path(strategy), set_)
         engine = settings.engine
         names = [planned.strategy.__name__.rpartition(".")[2] for planned in plan(settings)]
         if not names:
             raise ConfigError(f"{strategy}: one rank has no strategy to explain. Set a degree, such as mesh.dp.degree.")
     else:
         find(engine, strategy)
-        settings, names = settled(_load(config, set_) if config else None, engine, strategy), [strategy]
+        settings, names = settled(read(config, set_) if config else None, engine, strategy), [strategy]
     for name in names:
         show(_console(), find(engine, name), name, settings)
     if picture:
@@ -257,20 +255,7 @@ def config_show(config: ConfigPath, set_: Set = None) -> None:
     """Print a config with every default filled in."""
     import yaml
 
-    print(yaml.safe_dump(_load(config, set_).model_dump(mode="json"), sort_keys=False), end="")  # noqa: T201
-
-
-def _load(path: Path, overrides: list[str] | None) -> "Config":
-    """Read a config and check all that can be known before anything starts."""
-    from sandbox.config import load
-    from sandbox.plan import plan
-
-    config = load(path, overrides or ())
-    try:
-        plan(config)
-    except SandboxError as error:
-        raise type(error)(f"{path}: {error}") from None
-    return config
+    print(yaml.safe_dump(read(config, set_).model_dump(mode="json"), sort_keys=False), end="")  # noqa: T201
 
 
 def _writable(option: str, file: Path | None, *, folders: bool = False) -> None:
@@ -285,22 +270,32 @@ def _writable(option: str, file: Path | None, *, folders: bool = False) -> None:
         raise ConfigError(f"{option}: {file} cannot be written: {reason}. Name another place.")
 
 
-def _verify(cases: "list[Case]") -> "Verdicts":
-    """Verify cases under a progress bar."""
+def _verify(cases: "list[Case]", show: "Callable[[Verdicts], None]" = lambda verdicts: None) -> "Verdicts":
+    """Verify cases under a progress bar and show what was found; or as one rank of torchrun, the first of which shows.
+
+    It does so before any rank ends: torchrun kills them all when one ends with another code than 0.
+    """
     import time
 
     from rich.progress import track
 
-    from sandbox.verify import Verdicts, Verifier
+    from sandbox.runtime import attach, attached
+    from sandbox.verify import Verdict, Verdicts, Verifier, together
 
-    started, verifier = time.perf_counter(), Verifier()
-    console = _console(stderr=True)
-    held = verifier.verify_all(cases)
-    verdicts = list(
-        track(held, "verifying", len(cases), console=console, transient=True, disable=not console.is_terminal)
-    )
-    versions = {engine: _version(engine) for engine in dict.fromkeys(case.config.engine for case in cases)}
-    return Verdicts(versions=versions, cases=verdicts, seconds=time.perf_counter() - started)
+    started = time.perf_counter()
+
+    def gathered(verdicts: list[Verdict]) -> Verdicts:
+        versions = {engine: _version(engine) for engine in dict.fromkeys(case.config.engine for case in cases)}
+        return Verdicts(versions=versions, cases=verdicts, seconds=time.perf_counter() - started)
+
+    if attached():
+        world, timeout = cases[0].config.mesh.world, max(case.config.run.timeout for case in cases)
+        return gathered(attach(world, together, cases, timeout=timeout, on_message=lambda _, v: show(gathered(v))))
+    verifier, console = Verifier(), _console(stderr=True)
+    held, quiet = verifier.verify_all(cases), not console.is_terminal
+    verdicts = gathered(list(track(held, "verifying", len(cases), console=console, transient=True, disable=quiet)))
+    show(verdicts)
+    return verdicts
 
 
 def _show(verdicts: "Verdicts", json_: Path | None, report: Path | None) -> None:
@@ -335,6 +330,10 @@ def _console(*, stderr: bool = False) -> "Console":
 
     console = Console(stderr=stderr, highlight=False)
     return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=160)
+
+
+app.command()(launchers.launch)
+app.command()(doctor)
 
 
 def main() -> NoReturn:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from sandbox.errors import MeshError, SandboxError, WorkerError
 from sandbox.runtime.failure import Failure
 from sandbox.runtime.member import Member, join
+from sandbox.runtime.network import interface_towards, interfaces, loopback
 
 __all__ = ["attach", "attached"]
 
@@ -47,6 +48,7 @@ def attach(
         rank, world, f"cuda:{local}" if device == "cuda" else device, send=lambda message: listener(rank, message)
     )
 
+    _listen_towards(os.environ["MASTER_ADDR"], alone=os.environ.get("LOCAL_WORLD_SIZE") == str(world))
     import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -62,3 +64,13 @@ def attach(
         if isinstance(error, SandboxError):
             raise
         raise WorkerError(str(Failure.of(rank, error, member.board.read()))) from None
+
+
+def _listen_towards(first: str, *, alone: bool) -> None:
+    """Have gloo listen on the interface that leads to the rank that was `first`, unless the user has named one.
+
+    By itself gloo listens where this machine's own name resolves to: often nowhere, or where no other machine comes.
+    """
+    name = interface_towards(first)
+    if name and (alone or not loopback(interfaces()[name])):  # "localhost" says nothing of the way to other machines
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

@@ -58,7 +58,15 @@ _PRELOAD = (
     "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
 )
-_NOT_OURS = ("sandbox.__main__", "sandbox.cli", "sandbox.engines", "sandbox.report")  # not for ranks, or on demand
+_NOT_OURS = (  # not for ranks, or on demand
+    "sandbox.__main__",
+    "sandbox.arguments",
+    "sandbox.cli",
+    "sandbox.doctor",
+    "sandbox.engines",
+    "sandbox.launchers",
+    "sandbox.report",
+)
 
 
 @dataclass(frozen=True)

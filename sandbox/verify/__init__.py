@@ -2,6 +2,7 @@
 
 from sandbox.verdict import Verdict, Verdicts
 from sandbox.verify.matrix import matrix
+from sandbox.verify.together import together
 from sandbox.verify.verifier import Case, Verifier, fixture
 
-__all__ = ["Case", "Verdict", "Verdicts", "Verifier", "fixture", "matrix"]
+__all__ = ["Case", "Verdict", "Verdicts", "Verifier", "fixture", "matrix", "together"]

@@ -84,9 +84,13 @@ def fixture(config: Config, dtype: str | None = "float64") -> Config:
 
 
 class Verifier:
-    """Verifies cases. A reference is run once for all cases that share its training."""
+    """Verifies cases. A reference is run once for all cases that share its training.
 
-    def __init__(self) -> None:
+    `world` runs the work of each rank of a world, and returns what each did; the default launches ranks here.
+    """
+
+    def __init__(self, world: Callable[..., list[Any]] | None = None) -> None:
+        self._world = world or launch
         self._references: dict[str, Reference] = {}
         self._lock = threading.Lock()  # of the references
 
@@ -116,7 +120,7 @@ class Verifier:
             warm(*preload(config.engine))
             reference = self.reference(config)
             started = time.perf_counter()
-            ranks = launch(config.mesh.world, capture, config, case.prepare, timeout=config.run.timeout)
+            ranks = self._world(config.mesh.world, capture, config, case.prepare, timeout=config.run.timeout)
             self._judge(verdict, config, reference, ranks)
         except UnsupportedError as error:
             verdict.status, verdict.cause = "unsupported", str(error)
@@ -133,7 +137,7 @@ class Verifier:
         key = f"{move.__name__} {plain.model_dump_json()}"
         with self._lock:
             if key not in self._references:
-                runs, rows = launch(1, _reference_runs, config.reference(), move, timeout=config.run.timeout)[0]
+                runs, rows = self._world(1, _reference_runs, config.reference(), move, timeout=config.run.timeout)[0]
                 self._references[key] = _reference(runs, rows, config.train.dtype)
             return self._references[key]
 
