@@ -153,16 +153,19 @@ def test_a_wrong_collective_is_named(sick: Callable[..., dict[str, str]], ranks:
 @linux
 @parity
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="only root may change the host's name")
-def test_a_machine_whose_name_does_not_resolve_is_told_so_and_runs_under_torchrun_all_the_same(
-    tmp_path: Path, taken: int
-) -> None:
+def test_a_machine_whose_name_does_not_resolve_is_told_so_and_the_fix_is_one(tmp_path: Path, taken: int) -> None:
     doctor = f"{sys.executable} -m sandbox doctor --port {taken}"
-    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
+    address = network.outward()
+    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 --local-addr {address}"
     script = f"hostname nowhere.invalid; {doctor}; echo code $?; {torchrun} {PROGRAM} ranks_sum"
     command = ["unshare", "--uts", "sh", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert "code 1" in done.stdout, done.stderr
-    for text in ("nowhere.invalid, does not resolve", f"Port {taken} cannot be listened at"):
+    for text in (
+        "nowhere.invalid, does not resolve",
+        f"give torchrun --local-addr {address}",
+        f"Port {taken} cannot be listened at",
+    ):
         assert text in done.stdout
     assert done.stdout.count("✗") == 2, "all else is well"
     assert done.returncode == 0, done.stderr

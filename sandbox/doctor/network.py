@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from sandbox.doctor.finding import Finding
 from sandbox.runtime.network import interface_towards, interfaces, loopback
 
-__all__ = ["environment", "first_node", "gloo", "host_name", "port"]
+__all__ = ["environment", "first_node", "gloo", "host_name", "outward", "port"]
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -17,7 +17,7 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 def host_name(host: str | None) -> Finding:
     """The machine's own name: torchrun tells it to the other nodes, and gloo listens at its address."""
     name, what = socket.gethostname(), "host name"
-    mend = f"Write `{_outward()} {name}` into /etc/hosts, or give torchrun --local-addr {_outward()}."
+    mend = f"Write `{outward()} {name}` into /etc/hosts, or give torchrun --local-addr {outward()}."
     try:
         address = socket.gethostbyname(name)
     except OSError as error:
@@ -88,5 +88,6 @@ def environment(variables: Mapping[str, str]) -> Finding | None:
     return Finding("environment", ", ".join(there), f"{', '.join(there)} set, but not {absent}. Set all, or none.")
 
 
-def _outward() -> str:
+def outward() -> str:
+    """An address of this machine that others may reach."""
     return next((address for address in interfaces().values() if not loopback(address)), "127.0.0.1")
