@@ -11,7 +11,7 @@
 # Needs root, and ip and tc (of iproute2). It all hangs on one process, so that the kernel takes it away when that ends,
 # however it ends: no namespace, link or file is left, and this machine's own network is not touched.
 #
-#   unshare        a namespace with a bridge, its own process ids
+#   unshare        a namespace with a bridge, and its own process ids: when its first process ends, so do all
 #     node0        a namespace with eth0 = 10.77.0.1, its own host name
 #     node1        ...
 set -euo pipefail
@@ -21,13 +21,18 @@ if [ "${1-}" != --inside ]; then
         echo "An emulated cluster needs root: it makes network namespaces." >&2
         exit 2
     fi
-    for tool in ip tc unshare nsenter; do
+    for tool in ip tc unshare nsenter setpriv; do
         command -v "$tool" >/dev/null || {
             echo "An emulated cluster needs $tool (packages iproute2 and util-linux)." >&2
             exit 2
         }
     done
-    exec unshare --net --mount --pid --fork --kill-child --mount-proc -- "$0" --inside "$@"
+    setpriv --pdeathsig KILL unshare --net --mount --pid --fork --kill-child --mount-proc -- "$0" --inside "$@" &
+    trap 'kill -KILL $! 2>/dev/null || :' EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    wait $!
+    exit
 fi
 shift
 
