@@ -10,7 +10,11 @@ SHORT := --set train.steps=60
 RUNS := unsharded ddp zero2 fsdp
 
 .DELETE_ON_ERROR:
+<<<<<<< HEAD
 .PHONY: help demo test lint unit parity engines thorough bench picture pictures clean
+=======
+.PHONY: help demo test lint unit parity thorough bench picture pictures docker clean
+>>>>>>> 08998d8 (An image, and a cluster of its containers that verifies a config)
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,8 +56,13 @@ picture: .venv/.installed  ## Draw docs/hero.png from `sandbox verify --all`
 	$(SANDBOX) verify --all --json runs/all.json
 	$(SANDBOX) report runs/all.json --out runs/all.html --picture docs/hero.png
 
+<<<<<<< HEAD
 pictures: .venv/.installed  ## Draw docs/pictures from what the strategies say of themselves
 	$(BIN)/python docs/draw.py
+=======
+docker: .venv/.installed  ## Build the image, and verify a config in a cluster of its containers
+	PYTHON=$(BIN)/python PATH="$(CURDIR)/$(BIN):$$PATH" docker/build.sh --twice
+>>>>>>> 2a524eb (An image, and a cluster of its containers that verifies a config)
 
 clean:  ## Remove .venv, runs and caches
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

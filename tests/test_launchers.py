@@ -3,9 +3,11 @@
 import copy
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ PRINTED = {  # the files that `sandbox launch` has printed, and how
     "launch/slurm.sbatch": (Launcher.SLURM, "run"),
     "launch/pytorchjob.yaml": (Launcher.K8S, "run"),
     "launch/jobset.yaml": (Launcher.JOBSET, "run"),
+    "docker/compose.yaml": (Launcher.COMPOSE, "verify"),
 }
 
 
@@ -141,6 +144,24 @@ def test_scripts_are_shellcheck_clean(path: Path) -> None:
     command = [Path(sys.executable).parent / "shellcheck", path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_dockerfile_is_hadolint_clean() -> None:
+    command = [Path(sys.executable).parent / "hadolint", ROOT / "docker/Dockerfile"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_a_lock_holds_every_package_with_a_hash(name: str) -> None:
+    lines = (ROOT / f"docker/{name}.lock").read_text().replace("\\\n", " ").splitlines()[1:]
+    assert all(re.fullmatch(r"\S+==\S+(\s+--hash=sha256:[0-9a-f]{64})+", line) for line in lines)
+    locked = {line.partition("==")[0].lower().replace("_", "-") for line in lines}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+    assert {re.split(r"[><=]", name)[0].lower() for name in wanted} <= locked
+    assert any(line.startswith("torch==2.13.0") for line in lines)
+    assert any(package.startswith("nvidia-") for package in locked) == (name == "cuda")
 
 
 # The manifests
