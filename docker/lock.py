@@ -15,21 +15,18 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    """Write the lock to the file that is named, or print it."""
+    """Write the lock to the file that is named."""
+    _, target = sys.argv
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
     done = subprocess.run([*command, *wanted], stdout=subprocess.PIPE, text=True, check=True)
-    lines = [f"# python docker/lock.py {' '.join(sys.argv[1:])}"]
+    lines = [f"# python docker/lock.py {target}"]
     for package in sorted(json.loads(done.stdout)["install"], key=lambda p: p["metadata"]["name"].lower()):
         name, version = package["metadata"]["name"], package["metadata"]["version"]
         digest = package["download_info"]["archive_info"]["hashes"]["sha256"]
         lines.append(f"{name}=={version} \\\n    --hash=sha256:{digest}")
-    text = "\n".join(lines) + "\n"
-    if sys.argv[1:]:
-        Path(sys.argv[1]).write_text(text, encoding="utf-8")
-    else:
-        print(text, end="")
+    Path(target).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
