@@ -149,12 +149,15 @@ def compose(job: Job) -> str:
 
 
 def accelerate(job: Job) -> str:
-    """Hugging Face's launcher: on every node, each with its own number in RANK."""
+    """Hugging Face's launcher: on every node, each with its own number in RANK.
+
+    `--multi_gpu` means a world of several processes, without GPUs too. (`--cpu` makes none: every machine would train
+    by itself, and say nothing.)
+    """
     where = [] if job.nodes == 1 else ["--main_process_ip", job.host, "--main_process_port", str(PORT)]
     mine = "" if job.nodes == 1 else ' --machine_rank "$RANK"'
-    kind = "--multi_gpu" if job.cuda else "--cpu"
     size = ["--num_machines", str(job.nodes), "--num_processes", str(job.nodes * job.gpus)]
-    command = shlex.join(["accelerate", "launch", kind, *size, *where])
+    command = shlex.join(["accelerate", "launch", "--multi_gpu", *size, *where])
     note = "" if job.nodes == 1 else f"# on each of the {job.nodes} nodes, with RANK=0, 1, ...; {job.host} is node 0\n"
     return f"{note}{command}{mine} {shlex.join(job.module)}"
 
