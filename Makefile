@@ -56,13 +56,11 @@ picture: .venv/.installed  ## Draw docs/hero.png from `sandbox verify --all`
 	$(SANDBOX) verify --all --json runs/all.json
 	$(SANDBOX) report runs/all.json --out runs/all.html --picture docs/hero.png
 
-<<<<<<< HEAD
 pictures: .venv/.installed  ## Draw docs/pictures from what the strategies say of themselves
 	$(BIN)/python docs/draw.py
-=======
+
 docker: .venv/.installed  ## Build the image, and verify a config in a cluster of its containers
 	PYTHON=$(BIN)/python PATH="$(CURDIR)/$(BIN):$$PATH" docker/build.sh --twice
->>>>>>> 2a524eb (An image, and a cluster of its containers that verifies a config)
 
 clean:  ## Remove .venv, runs and caches
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
