@@ -10,11 +10,7 @@ SHORT := --set train.steps=60
 RUNS := unsharded ddp zero2 fsdp
 
 .DELETE_ON_ERROR:
-<<<<<<< HEAD
-.PHONY: help demo test lint unit parity engines thorough bench picture pictures clean
-=======
-.PHONY: help demo test lint unit parity thorough bench picture pictures docker clean
->>>>>>> 08998d8 (An image, and a cluster of its containers that verifies a config)
+.PHONY: help demo test lint unit parity engines thorough bench picture pictures docker clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
