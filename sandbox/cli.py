@@ -15,6 +15,7 @@ import typer
 from sandbox import launchers
 from sandbox.arguments import ConfigPath, Set, read
 from sandbox.cli_checkpoint import app as checkpoint_app
+from sandbox.cli_config import app as config_app
 from sandbox.doctor.command import doctor
 from sandbox.errors import ConfigError, SandboxError
 
@@ -35,7 +36,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(checkpoint_app, name="checkpoint")
 

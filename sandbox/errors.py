@@ -35,7 +35,7 @@ class CheckpointError(ConfigError):
     """A checkpoint is absent, damaged or of another training."""
 
 
-class ParityError(SandboxError):
+class ParityError(SandboxError, AssertionError):
     """A sharded run and its reference differ."""
 
 

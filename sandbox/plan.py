@@ -173,10 +173,10 @@ def finest(config: Config) -> str:
     return "float32" if "float64" in refused else "float64"
 
 
-def fold(config: Config, mesh: Mesh, device: torch.device) -> Program:
-    """The finished program of this rank."""
-    program, planned = unsharded(config, mesh, device), plan(config)
-    for inner in (p for p in planned if p.strategy.AXIS != "dp"):
+def fold(config: Config, mesh: Mesh, device: torch.device, start: Program | None = None) -> Program:
+    """The finished program of this rank. A `start` has another model, cut along inner axes already."""
+    program, planned = start or unsharded(config, mesh, device), plan(config)
+    for inner in (p for p in planned if p.strategy.AXIS != "dp" and start is None):
         program = inner.strategy.apply(program, mesh, inner.options)
     recompute(program.model, config.train.recompute)
     for outer in (p for p in planned if p.strategy.AXIS == "dp"):

@@ -28,6 +28,7 @@ from sandbox.model import build, initial, loss_sum, routing_losses
 __all__ = [
     "ForwardBackward",
     "Program",
+    "empty",
     "learning_rate",
     "make_optimizer",
     "materialise",
@@ -70,6 +71,12 @@ def unsharded(config: Config, mesh: Mesh, device: torch.device) -> Program:
     def value(name: str) -> Tensor:
         return initial(name, config.model, config.train.seed, shapes[name].dtype).to(device)
 
+    return empty(config, mesh, model, value)
+
+
+def empty(config: Config, mesh: Mesh, model: nn.Module, value: Callable[[str], Tensor]) -> Program:
+    """The empty plan over a `model` on the meta device, whose parameters have the first values `value(name)`."""
+    shapes = dict(model.named_parameters())
     return Program(
         config=config,
         model=model,

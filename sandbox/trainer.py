@@ -13,7 +13,7 @@ from sandbox.config import Config
 from sandbox.data import Corpus
 from sandbox.mesh import Mesh
 from sandbox.plan import fold
-from sandbox.program import learning_rate
+from sandbox.program import Program, learning_rate
 
 __all__ = ["Step", "Trainer"]
 
@@ -31,11 +31,16 @@ class Step:
 
 
 class Trainer:
-    """A training on this rank: `for step in trainer.run()`, or `compute_gradients` and `update` by hand."""
+    """A training on this rank: `for step in trainer.run()`, or `compute_gradients` and `update` by hand.
 
-    def __init__(self, config: Config, mesh: Mesh, device: torch.device, corpus: Corpus) -> None:
+    `start`: what the plan is folded over, if it is not the config's model.
+    """
+
+    def __init__(
+        self, config: Config, mesh: Mesh, device: torch.device, corpus: Corpus, start: Program | None = None
+    ) -> None:
         self.config, self.mesh, self.device, self.corpus = config, mesh, device, corpus
-        self.program = fold(config, mesh, device)
+        self.program = fold(config, mesh, device, start)
         self.optimizer = self.program.make_optimizer(self.program)
         self.step = 0
         for name, param in self.program.model.named_parameters():

@@ -23,6 +23,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter as unchanged_version
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils._pytree import tree_leaves
 
 from sandbox.buckets import Bucket, Over, ScatterSum, reduce_in_backward, summed_over
 from sandbox.comm import Axis, Pending, all_gather, ring_bytes
@@ -50,7 +52,10 @@ class Unit:
 
 
 def cut_units(model: nn.Module) -> list[Unit]:
-    """The units of a transformer, in forward order. With tied weights, embedding, norm and head are one, and kept."""
+    """The units of a model, in forward order: each of its `blocks`, its `embed`, and its `norm` with its `head`.
+
+    With tied weights embedding, norm and head are one, and kept. So is what lies in none of these.
+    """
     names = dict(model.named_parameters())
     outer = {key: getattr(model, key) for key in ("embed", "norm", "head") if getattr(model, key, None) is not None}
     blocks = list(model.get_submodule("blocks").named_children())
@@ -62,6 +67,11 @@ def cut_units(model: nn.Module) -> list[Unit]:
     units = [unit(f"blocks.{key}", [block], kept=block is blocks[-1][1]) for key, block in blocks]
     ends = [module for key, module in outer.items() if key != "embed"]
     embed = [outer["embed"]] if "embed" in outer else []
+    inside = {id(p) for module in (*outer.values(), *(block for _, block in blocks)) for p in module.parameters()}
+    if any(id(p) not in inside for p in names.values()):
+        within = {id(p) for _, block in blocks for p in block.parameters()}
+        rest = {name: p for name, p in names.items() if id(p) not in within}
+        return [Unit("root", [model], rest, kept=True), *units]
     if embed and ends and any(p is q for p in embed[0].parameters() for e in ends for q in e.parameters()):
         return [unit("root", [*embed, *ends], kept=True), *units]
     first = [unit("embed", embed, kept=False)] if embed else []
@@ -167,9 +177,9 @@ def gather_on_use(
                 seen.add(number)
             use(number, number + 1 if first and number + 1 not in seen else -1)
 
-        def after(module: nn.Module, args: Any, out: Tensor) -> None:
+        def after(module: nn.Module, args: Any, out: Any) -> None:
             if torch.is_grad_enabled():
-                out.register_hook(lambda grad: enter_backward(number))
+                first_gradient(out, lambda: enter_backward(number))
                 if unit.kept or not reshard_after_forward or number in busy:
                     return
             for shard in of_unit[number]:
@@ -222,6 +232,12 @@ def gather_on_use(
         begin=begin,
     )
     return reduce_in_backward(sharded, [shard.bucket for shard in reversed(shards)], launch, finish, each=True)
+
+
+def first_gradient(out: Any, enter: Callable[[], None]) -> None:
+    """Have `enter` called when backward has the first gradient of anything in a module's output."""
+    outs = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
+    register_multi_grad_hook(outs, lambda grad: enter(), mode="any")
 
 
 def adds_up(config: Config, *, each: bool) -> bool:

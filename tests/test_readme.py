@@ -56,7 +56,7 @@ def place(tmp_path: Path, block: Block) -> Path:
     for name in ("sandbox", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for other in blocks():
-        if other.page == block.page and (name := re.match(r"# (\S+\.(?:py|yaml))\n", other.text)):
+        if other.page == block.page and (name := re.match(r"# (\S+\.(?:py|yaml|json))\n", other.text)):
             (tmp_path / name[1]).write_text(other.text.removeprefix(name[0]), encoding="utf-8")
     return tmp_path
 

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from sandbox.comm import Board
-from sandbox.model.transformer import Transformer
 from sandbox.trainer import Trainer
 from sandbox.verdict import Span
 
@@ -125,8 +124,8 @@ class _Waits:
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The transformer inside whatever wraps it, part by part: embed, blocks.0, ..., norm, head."""
-    transformer = next(module for module in model.modules() if isinstance(module, Transformer))
-    for name, child in transformer.named_children():
+    inner = next(module for module in model.modules() if "blocks" in dict(module.named_children()))
+    for name, child in inner.named_children():
         if name == "blocks":
             yield from ((f"blocks.{key}", block) for key, block in child.named_children())
         elif name != "dropout":

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sandbox.batch import Batch
 from sandbox.comm import Recorder
@@ -15,11 +15,12 @@ from sandbox.data import Corpus
 from sandbox.layout import Layout, local
 from sandbox.measure import Peak, Timeline, Traffic, held
 from sandbox.mesh import Mesh
+from sandbox.program import Program
 from sandbox.runtime import Member
 from sandbox.trainer import Trainer
 from sandbox.verdict import Span
 
-__all__ = ["METRICS", "Capture", "Piece", "Pieces", "capture"]
+__all__ = ["METRICS", "Capture", "Piece", "Pieces", "Subject", "capture"]
 
 METRICS = frozenset({"loss", "norm", "control"})
 """Collectives of a few bytes that report rather than train; strategies do not predict them."""
@@ -36,6 +37,13 @@ class Piece:
 Pieces = dict[str, Piece]
 
 
+class Subject(Protocol):
+    """A training of something else than the config's model and corpus. It is sent to the ranks, so it pickles."""
+
+    def open(self, config: Config, mesh: Mesh, device: torch.device) -> tuple[Corpus, Program]:
+        """Its batches, and the program of this rank that the data axis is folded over."""
+
+
 @dataclass
 class Capture:
     """One rank's part of a run, step by step. Tensors are local and on the CPU; nothing was gathered."""
@@ -46,6 +54,7 @@ class Capture:
     rates: list[float] = field(default_factory=list)
     gradients: list[Pieces] = field(default_factory=list)  # before clipping
     parameters: list[Pieces] = field(default_factory=list)  # first values, then after each step
+    buffers: list[Pieces] = field(default_factory=list)  # after each step: state that no optimizer updates
     tokens: list[list[tuple[int, int]]] = field(default_factory=list)  # (row, checksum) of the rows seen
     traffic: dict[str, int] = field(default_factory=dict)  # of the last step
     memory: dict[str, int] = field(default_factory=dict)  # after the last step
@@ -53,7 +62,9 @@ class Capture:
     spans: list[Span] = field(default_factory=list)
 
 
-def capture(member: Member, config: Config, prepare: Callable[[Trainer], Any] | None = None) -> Capture:
+def capture(
+    member: Member, config: Config, prepare: Callable[[Trainer], Any] | None = None, subject: Subject | None = None
+) -> Capture:
     """Train for `train.steps` steps and take everything down. `prepare` may tamper with the trainer first.
 
     Peak memory is that of the last step but one; traffic and timeline, which measuring it would disturb, of the last.
@@ -61,7 +72,10 @@ def capture(member: Member, config: Config, prepare: Callable[[Trainer], Any] | 
     recorder = Recorder(board=member.board if member.world > 1 else None)
     device = torch.device(member.device)
     mesh = Mesh(config.mesh.degrees, member.rank, device.type, recorder)
-    trainer = Trainer(config, mesh, device, Corpus.load(config.data, config.model.vocab))
+    corpus, start = (
+        subject.open(config, mesh, device) if subject else (Corpus.load(config.data, config.model.vocab), None)
+    )
+    trainer = Trainer(config, mesh, device, corpus, start)
     if prepare:
         prepare(trainer)
     taken = Capture(place={axis: mesh.axis(axis).rank for axis in mesh.degrees}, parameters=[_pieces(trainer)])
@@ -84,6 +98,7 @@ def capture(member: Member, config: Config, prepare: Callable[[Trainer], Any] | 
                 taken.norms.append(trainer.update().item())
         taken.rates.append(trainer.optimizer.param_groups[0]["lr"])
         taken.parameters.append(_pieces(trainer))
+        taken.buffers.append(_buffers(trainer.program.model))
         if last:
             taken.traffic = {
                 key: round(sent) for key, sent in recorder.sent.items() if sent and key.split()[0] not in METRICS
@@ -100,6 +115,16 @@ def _pieces(trainer: Trainer, *, gradients: bool = False) -> Pieces:
         assert tensor is not None
         pieces[name] = Piece(trainer.program.layout[name], local(tensor.detach()).clone().cpu())
     return pieces
+
+
+def _buffers(model: nn.Module) -> Pieces:
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner  # out of a library's wrapper
+    return {
+        name: Piece(Layout.whole(tuple(buffer.shape)), buffer.detach().cpu().double().nan_to_num())  # a mask is inf
+        for name, buffer in model.named_buffers()
+        if buffer.numel() and not buffer.is_complex()
+    }
 
 
 def _digest(batch: Batch) -> list[tuple[int, int]]:

@@ -32,6 +32,7 @@ class Findings:
     rows: str  # what is wrong with the rows that ranks saw; empty if nothing
     weights: str  # which wrong weighting explains the ranks' losses; empty if none
     amounts: str  # which bytes are not as predicted; empty if none
+    buffers: Sequence[Sequence[Difference]] = ()  # after each step
 
     def wrong(self, found: Sequence[Difference]) -> list[Difference]:
         """Those beyond the tolerance."""
@@ -41,8 +42,8 @@ class Findings:
 def diagnose(found: Findings) -> str:
     """Name the kind of cause, then what was seen: `scale: every gradient is 2.0000 times ... (mesh.dp.degree)`."""
     checks: list[Callable[[Findings], str]] = [
-        _coverage, _start, lambda f: f.rows and f"data: {f.rows}", _gradients, _norm, _step, _later,
-        _reported,
+        _coverage, _start, lambda f: f.rows and f"data: {f.rows}", _gradients, _norm, _step, _state,
+        _later, _reported,
     ]  # fmt: skip
     return next((cause for check in checks if (cause := check(found))), "") or found.amounts
 
@@ -180,6 +181,22 @@ def _step(found: Findings) -> str:
         f"optimizer: gradients and their norm agree, but {_class(wrong, all_)} ({len(wrong)} of {len(all_)}) step "
         "elsewhere: weight decay, clipping factor, or a part updated with another's gradient."
     )
+
+
+def _state(found: Findings) -> str:
+    for step, buffers in enumerate(found.buffers, 1):
+        if found.wrong(found.gradients[step - 1]):
+            break
+        if not (wrong := found.wrong(buffers)):
+            continue
+        drifting = any(d.drift > found.tolerance for d in wrong)
+        who = "ranks hold different values" if drifting else "all ranks hold those of one of them"
+        return (
+            f"buffer: after step {step}, values of {_names(d.tensor for d in wrong)} differ from the unsharded run's, "
+            f"and {who}: each rank updates them from the rows that it sees. Sum over the ranks first, or keep no such "
+            "state."
+        )
+    return ""
 
 
 def _later(found: Findings) -> str:

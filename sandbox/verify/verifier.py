@@ -12,6 +12,7 @@ drift apart is the noise of the training itself:
 
 import functools
 import math
+import pickle
 import threading
 import time
 from collections import defaultdict
@@ -31,7 +32,7 @@ from sandbox.program import training_loss
 from sandbox.runtime import Member, launch, warm
 from sandbox.trainer import Trainer
 from sandbox.verdict import Amount, Difference, Verdict
-from sandbox.verify.capture import Capture, capture
+from sandbox.verify.capture import Capture, Subject, capture
 from sandbox.verify.compare import assemble, differences, spread
 from sandbox.verify.diagnose import Findings, diagnose
 
@@ -46,10 +47,14 @@ EXACT = 1e-12  # tolerance in float64
 
 @dataclass(frozen=True)
 class Case:
-    """A config to verify. `prepare` tampers with each rank's trainer before it starts (a function that pickles)."""
+    """A config to verify. `prepare` tampers with each rank's trainer before it starts (a function that pickles).
+
+    A `subject` takes the place of the config's model and corpus. What it sends and holds is not predicted.
+    """
 
     config: Config
     prepare: Callable[[Trainer], Any] | None = None
+    subject: Subject | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Reference:
     run: Capture
     gradients: list[dict[str, Tensor]]
     parameters: list[dict[str, Tensor]]
+    buffers: list[dict[str, Tensor]]
     floors: list[dict[str, float]]  # of the gradients
     tolerance: float
     rows: list[RowLoss]  # of the first step
@@ -91,7 +97,7 @@ class Verifier:
 
     def __init__(self, world: Callable[..., list[Any]] | None = None) -> None:
         self._world = world or launch
-        self._references: dict[str, Reference] = {}
+        self._references: dict[tuple[str, bytes], Reference] = {}
         self._lock = threading.Lock()  # of the references
 
     def verify_all(self, cases: Iterable[Case]) -> Iterator[Verdict]:
@@ -118,10 +124,11 @@ class Verifier:
         try:
             verdict.strategy = name_of(config)
             warm(*preload(config.engine))
-            reference = self.reference(config)
+            reference = self.reference(config, case.subject)
             started = time.perf_counter()
-            ranks = self._world(config.mesh.world, capture, config, case.prepare, timeout=config.run.timeout)
-            self._judge(verdict, config, reference, ranks)
+            work = config, case.prepare, case.subject
+            ranks = self._world(config.mesh.world, capture, *work, timeout=config.run.timeout)
+            self._judge(verdict, case, reference, ranks)
         except UnsupportedError as error:
             verdict.status, verdict.cause = "unsupported", str(error)
         except SandboxError as error:
@@ -129,20 +136,21 @@ class Verifier:
         verdict.seconds = time.perf_counter() - started
         return verdict
 
-    def reference(self, config: Config) -> Reference:
+    def reference(self, config: Config, subject: Subject | None = None) -> Reference:
         """The unsharded run of a training, from memory if it was run before."""
         rounded = any(getattr(p.strategy, "ROUNDS", False) for p in plan(config))
         move = round_off if rounded and config.train.dtype == "bfloat16" else nudge
         plain = config.reference().model_copy(update={"name": "", "run": type(config.run)()})
-        key = f"{move.__name__} {plain.model_dump_json()}"
+        key = f"{move.__name__} {plain.model_dump_json()}", pickle.dumps(subject)
         with self._lock:
             if key not in self._references:
-                runs, rows = self._world(1, _reference_runs, config.reference(), move, timeout=config.run.timeout)[0]
+                work = config.reference(), move, subject
+                runs, rows = self._world(1, _reference_runs, *work, timeout=config.run.timeout)[0]
                 self._references[key] = _reference(runs, rows, config.train.dtype)
             return self._references[key]
 
-    def _judge(self, verdict: Verdict, config: Config, reference: Reference, ranks: list[Capture]) -> None:
-        steps = range(config.train.steps)
+    def _judge(self, verdict: Verdict, case: Case, reference: Reference, ranks: list[Capture]) -> None:
+        config, steps = case.config, range(case.config.train.steps)
         losses = [sum(rank.losses[step] for rank in ranks if not rank.place["tp"]) for step in steps]
         expected = reference.run.losses
         found = Findings(
@@ -159,14 +167,16 @@ class Verifier:
                 differences(assemble([r.parameters[s] for r in ranks]), reference.parameters[s], {})
                 for s in range(config.train.steps + 1)
             ],
+            buffers=[differences(assemble([r.buffers[s] for r in ranks]), reference.buffers[s], {}) for s in steps],
             rows=_rows(ranks, reference.run),
             weights=_weights(ranks, reference.rows, config),
             amounts="",
         )
-        predictions = predict(config)
-        least = [p.least for p in predictions]
-        verdict.traffic = _amounts([p.traffic for p in predictions], [r.traffic for r in ranks], least)
-        verdict.memory = _amounts([p.memory for p in predictions], [r.memory for r in ranks], [])
+        if case.subject is None:
+            predictions = predict(config)
+            least = [p.least for p in predictions]
+            verdict.traffic = _amounts([p.traffic for p in predictions], [r.traffic for r in ranks], least)
+            verdict.memory = _amounts([p.memory for p in predictions], [r.memory for r in ranks], [])
         found = replace(found, amounts=_unexpected(verdict.traffic, "sent") or _unexpected(verdict.memory, "held"))
         verdict.tolerance = found.tolerance
         verdict.losses, verdict.reference_losses = losses, expected
@@ -177,7 +187,7 @@ class Verifier:
         verdict.timeline = align([rank.spans for rank in ranks])
         good = (
             _largest([verdict.loss, verdict.norm]) <= found.tolerance
-            and not any(found.wrong(step) for step in (*found.gradients, *found.parameters))
+            and not any(found.wrong(step) for step in (*found.gradients, *found.parameters, *found.buffers))
             and not found.rows
             and not found.amounts
         )
@@ -186,26 +196,30 @@ class Verifier:
 
 
 def _reference_runs(
-    member: Member, config: Config, move: Callable[[Trainer], None]
+    member: Member, config: Config, move: Callable[[Trainer], None], subject: Subject | None
 ) -> tuple[list[Capture], list[RowLoss]]:
     """The training, its sums in another order, and below float64 from neighbouring parameters; and each row's loss."""
     losses: list[RowLoss] = []
     rows = config.train.model_copy(update={"microbatches": config.train.batch})
     runs = [
-        capture(member, config, lambda trainer: losses.extend(_row_losses(trainer))),
-        capture(member, config.model_copy(update={"train": rows})),
+        capture(member, config, lambda trainer: losses.extend(_row_losses(trainer)), subject),
+        capture(member, config.model_copy(update={"train": rows}), None, subject),
     ]
     if config.train.dtype != "float64":
-        runs.append(capture(member, config, move))
+        runs.append(capture(member, config, move, subject))
     return runs, losses
 
 
 @torch.no_grad()
 def _row_losses(trainer: Trainer) -> list[RowLoss]:
     """Each row's loss in the first step."""
-    batch = trainer.batch()
-    trainer.program.model.train()
-    return [(training_loss(trainer.program, row).item(), row.valid) for row in batch.split_rows(len(batch.rows))]
+    batch, program = trainer.batch(), trainer.program
+    kept = {buffer: buffer.clone() for buffer in program.model.buffers()}
+    program.model.train()
+    losses = [(training_loss(program, row).item(), row.valid) for row in batch.split_rows(len(batch.rows))]
+    for buffer, value in kept.items():
+        buffer.copy_(value)
+    return losses
 
 
 @torch.no_grad()
@@ -225,7 +239,7 @@ def round_off(trainer: Trainer) -> None:
 
 
 def _reference(runs: Sequence[Capture], rows: list[RowLoss], dtype: str) -> Reference:
-    grads, params = ([_wholes(run, kind) for run in runs] for kind in ("gradients", "parameters"))
+    grads, params, buffers = ([_wholes(run, kind) for run in runs] for kind in ("gradients", "parameters", "buffers"))
     eps = torch.finfo(getattr(torch, dtype)).eps
     floors, amplified = [], 0.0
     for step, (first, *others) in enumerate(zip(*grads, strict=True)):
@@ -234,7 +248,7 @@ def _reference(runs: Sequence[Capture], rows: list[RowLoss], dtype: str) -> Refe
         sizes = {name: max(value.abs().max().item(), floors[step][name]) or 1.0 for name, value in first.items()}
         amplified = max(amplified, *(noise[name] / sizes[name] for name in first))
     tolerance = EXACT if dtype == "float64" else MARGIN * amplified
-    return Reference(runs[0], grads[0], params[0], floors, tolerance, rows)
+    return Reference(runs[0], grads[0], params[0], buffers[0], floors, tolerance, rows)
 
 
 def _wholes(run: Capture, kind: str) -> list[dict[str, Tensor]]:
