@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from sandbox.errors import ConfigError, ParityError, SandboxError
+from sandbox.errors import ConfigError, ParityError, SandboxError, UnsupportedError
+from sandbox.plan import missing
 from sandbox.testing import assert_parity
 
 NEEDS_TRANSFORMERS = pytest.mark.skipif(
@@ -36,6 +37,32 @@ def test_a_vision_model_keeps_its_gradients(engine: str, plan: str) -> None:
     verdict = assert_parity(own.Vision, own.classify, own.pictures(), plan=plan, engine=engine, ranks=3)
     assert verdict.status == "held"
     assert len(verdict.gradients) == len(list(own.Vision().parameters()))
+
+
+LIBRARIES = [
+    *[(engine, plan) for engine in ("accelerate", "deepspeed") for plan in ("ddp", "zero1", "zero2", "zero3")],
+    ("accelerate", "fsdp"), ("fairscale", "zero1"), ("fairscale", "zero2"),
+]  # fmt: skip
+
+
+@pytest.mark.parity
+@pytest.mark.engines
+@pytest.mark.parametrize(("engine", "plan"), LIBRARIES)
+def test_libraries_keep_a_vision_models_gradients(engine: str, plan: str) -> None:
+    if lacking := missing(engine):
+        pytest.skip(f"{', '.join(lacking)} not installed: pip install -e .[engines]")
+    assert_parity(own.Vision, own.classify, own.pictures(), plan=plan, engine=engine, dtype="float32")
+
+
+@pytest.mark.parity
+@pytest.mark.engines
+def test_where_a_library_cannot_it_says_why() -> None:
+    if missing("deepspeed") or missing("fairscale"):
+        pytest.skip("deepspeed and fairscale not installed: pip install -e .[engines]")
+    with pytest.raises(UnsupportedError, match="float32"):
+        assert_parity(own.Vision, own.classify, own.pictures(), plan="zero1", engine="deepspeed")
+    with pytest.raises(UnsupportedError, match="wrappers in the place of blocks"):
+        assert_parity(own.Vision, own.classify, own.pictures(), plan="fsdp", engine="fairscale", dtype="float32")
 
 
 @pytest.mark.parity

@@ -52,13 +52,14 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     axis, replicas = fsdp.shard_axis(mesh), mesh.axis("dp_replicate").size
+    blocks = {type(block).__name__ for block in program.model.get_submodule("blocks").children()}
     accelerator = make_accelerator(
         multi_device=True,
         gradient_accumulation_steps=program.config.train.microbatches,
         fsdp_plugin=FullyShardedDataParallelPlugin(
             fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["Block"],
+            auto_wrap_policy="transformer_based_wrap" if blocks else "no_wrap",
+            transformer_cls_names_to_wrap=sorted(blocks) or None,
             reshard_after_forward=options.reshard_after_forward,
             cpu_ram_efficient_loading=False,
         ),

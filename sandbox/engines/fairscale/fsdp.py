@@ -42,6 +42,7 @@ from sandbox.config import Config
 from sandbox.config import Options as Base
 from sandbox.errors import UnsupportedError
 from sandbox.mesh import Mesh
+from sandbox.model import Transformer
 from sandbox.predict import Prediction, state_copies
 from sandbox.program import Program, materialise, shard_rows
 
@@ -82,6 +83,8 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
         compute_device=device,
         bucket_cap_mb=0,
     )
+    if not isinstance(program.model, Transformer):
+        raise UnsupportedError("engine fairscale: its fsdp puts wrappers in the place of blocks, here only in ours.")
     materialise(program)
     blocks = program.model.get_submodule("blocks")
     for key, block in list(blocks.named_children()):
