@@ -1,30 +1,31 @@
 """Attention to keys that arrive block by block: exact, in whatever order they come, and without all scores at once.
 
-Forward keeps, for each query, the largest score so far m, the sum l of exp(score - m), and the sum o of
-exp(score - m) v. A block of keys updates them:
+Attention to one block gives each query a result o and the log-sum-exp l of its scores. With those so far, O and L,
 
-    m' = max(m, largest s)        l' = e^(m - m') l + sum e^(s - m')        o' = e^(m - m') o + e^(s - m') v
+    L' = log(e^L + e^l)        O' = e^(L - L') O + e^(l - L') o
 
-and after the last one out = o / l, and the log-sum-exp of all scores is L = m + log l. Backward needs L alone to have
-any block's probabilities again, p = e^(s - L), and with D = sum(out dout) of each query
+and after the last block O is the result. Backward needs L alone to have any block's probabilities again,
+p = e^(s - L), and with D = sum(out dout) of each query
 
     dv = p^T dout        ds = p (dout v^T - D)        dq = ds k        dk = ds^T q
 
 so each block's dk and dv are finished by itself and can travel on. Sums are at least float32.
 
-A block is worked on in tiles of at most TILE x TILE scores. Tiles that no query may look into are left out, so what is
-computed follows from the mask alone: causal, packed or padded.
+A block is worked on in rectangles of queries and keys: as large as can be where all is seen, or what is seen is a plain
+triangle; where documents meet they are cut until they are no larger than TILE, and then have a mask. Those that no
+query may look into are left out, so what is computed follows from what may be seen alone: causal, packed or padded. On
+a CPU each is a call of torch's fused kernel, elsewhere the formulas as they stand, in tiles (no GPU has run them yet).
 
 Sources: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention",
 NeurIPS 2022; Liu et al., "Ring Attention with Blockwise Transformers for Near-Infinite Context", 2023.
 
-Shapes: B rows, H heads, G key/value heads, R = H / G, S columns, E width of a head; Q and K columns of a tile.
+Shapes: B rows, H heads, G key/value heads, S columns, E width of a head; Q and K columns of a tile.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Self
 
 import torch
@@ -37,16 +38,20 @@ from sandbox.model.layers import wide
 __all__ = ["TILE", "Backward", "Forward", "Share", "Tile"]
 
 TILE = 256
-"""Columns of a tile: its scores fit the cache, and its products are large enough for the processor."""
+"""Columns of a tile that has a mask, or is computed without a fused kernel: its scores fit the cache."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Some of the queries against some keys of a block. `hidden` [B, 1, 1, Q, K] is None if all see all."""
+    """Some of the queries against some keys of a block. `hidden` [B, 1, Q, K] is None if all see all.
 
-    queries: int  # which of the spans of columns that the queries are cut into
+    Of a `triangle` [Q, Q] the upper half is hidden.
+    """
+
+    queries: slice
     keys: slice
-    hidden: Tensor | None
+    hidden: Tensor | None = None
+    triangle: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,14 +77,9 @@ class Share(Batch):
         return replace(super().to(device), whole=self.whole.to(device))
 
     @cached_property
-    def spans(self) -> list[list[slice]]:
-        """By rank: its columns, cut into runs that follow one another in the sequence, of at most TILE."""
-        return [_runs(columns) for columns in self.columns_of]
-
-    @cached_property
     def pieces(self) -> list[tuple[int, slice]]:
-        """All runs in the order of the sequence: the rank that holds it, and where among its columns."""
-        runs = [(rank, span) for rank, spans in enumerate(self.spans) for span in spans]
+        """All runs of columns in the order of the sequence: the rank that holds it, and where among its columns."""
+        runs = [(rank, run) for rank, columns in enumerate(self.columns_of) for run in _runs(columns)]
         return sorted(runs, key=lambda run: int(self.columns_of[run[0]][run[1].start]))
 
     @cached_property
@@ -89,105 +89,165 @@ class Share(Batch):
         Of the rank's own block those on the diagonal come first: every token sees itself, so each query meets a score
         that is finite before any tile that hides all keys from it.
         """
-        return [self._tiles(source) for source in range(len(self.columns_of))]
+        others = [self.whole.take_columns(columns) for columns in self.columns_of]
+        own, size = others[self.rank], len(self.columns)
+        return [
+            sorted(_tiles(own, other, slice(0, size), slice(0, len(other.columns))), key=lambda t: t.queries != t.keys)
+            for other in others
+        ]
 
-    def _tiles(self, source: int) -> list[Tile]:
-        other = self.whole.take_columns(self.columns_of[source])
-        tiles = []
-        for number, queries in enumerate(self.spans[self.rank]):
-            mine = self.take_columns(queries)
-            keys = self.spans[source]
-            for span in sorted(keys, key=lambda span: span != queries) if source == self.rank else keys:
-                seen = visible(mine, other.take_columns(span))
-                if seen.any():
-                    tiles.append(Tile(number, span, None if seen.all() else ~seen[:, None]))
-        return tiles
+
+def _tiles(queries: Batch, keys: Batch, rows: slice, columns: slice) -> Iterator[Tile]:
+    """Those of a rectangle of scores. It is cut in four while it is large, and some of it is seen and some is not."""
+    mine, theirs = queries.take_columns(rows), keys.take_columns(columns)
+    own = queries is keys and rows == columns
+    large = max(len(mine.columns), len(theirs.columns)) > TILE
+    sees = told_by_bounds(mine, theirs)
+    if sees is False:
+        return
+    fits = not large or fused(mine.documents)
+    if sees and fits:
+        yield Tile(rows, columns)
+    elif own and fits and told_a_triangle(mine):
+        yield Tile(rows, columns, triangle=True)
+    elif large:
+        for quarter in product(_halves(queries, rows), _halves(keys, columns)):
+            yield from _tiles(queries, keys, *quarter)
+    elif (seen := visible(mine, theirs)).any():
+        yield Tile(rows, columns, ~seen)
+
+
+def told_by_bounds(queries: Batch, keys: Batch) -> bool | None:
+    """Whether all queries see all keys, or none sees any; None if the bounds of documents and positions do not tell."""
+    q_documents, k_documents, q_positions, k_positions = (
+        numbers.aminmax(dim=1) for numbers in (queries.documents, keys.documents, queries.positions, keys.positions)
+    )
+    apart = (k_documents.min > q_documents.max) | (k_documents.max < q_documents.min)
+    if (apart | (k_positions.min > q_positions.max)).all():
+        return False
+    same = (k_documents.min == q_documents.max) & (k_documents.max == q_documents.min)
+    return True if (same & (k_positions.max <= q_positions.min)).all() else None
+
+
+def told_a_triangle(batch: Batch) -> bool:
+    """Whether each token sees those before it, and itself: one document in a row, in order."""
+    one_document = (batch.documents == batch.documents[:, :1]).all()
+    return bool(one_document & (batch.positions.diff(dim=1) > 0).all())
+
+
+def _halves(batch: Batch, span: slice) -> list[slice]:
+    """A span of columns cut where the sequence is interrupted, or in the middle; a short one as it is."""
+    if span.stop - span.start <= TILE:
+        return [span]
+    first, *others = _runs(batch.columns[span])
+    at = span.start + (first.stop if others else first.stop // 2)
+    return [slice(span.start, at), slice(at, span.stop)]
 
 
 class Forward:
     """Queries [B, H, S, E] of one rank, and what they have gathered from the keys and values met so far."""
 
-    def __init__(self, q: Tensor, groups: int, spans: Sequence[slice]) -> None:
-        scaled = q.to(wide(q.dtype)) * q.shape[-1] ** -0.5
-        self._q = [_stack(scaled, span, groups) for span in spans]  # each [B, G, R Q, E]
-        self._sums = [torch.zeros_like(part) for part in self._q]
-        self._totals = [part.new_zeros(*part.shape[:-1], 1) for part in self._q]
-        self._largest = [torch.full_like(total, -torch.inf) for total in self._totals]
-        self._heads, self._dtype = q.shape[1], q.dtype
+    def __init__(self, q: Tensor) -> None:
+        self._dtype, self._q = q.dtype, q.to(wide(q.dtype))
+        self._out = torch.zeros_like(self._q)
+        self._lse = self._q.new_full(q.shape[:3], -torch.inf)
 
     def add(self, kv: Tensor, tiles: Sequence[Tile]) -> None:
         """Attend to a block's keys and values [2, B, G, S, E]."""
-        keys, values = kv.to(self._q[0].dtype)
+        kv = kv.to(self._q.dtype)
         for tile in tiles:
-            at = tile.queries
-            scores = _scores(self._q[at], keys[:, :, tile.keys], tile)
-            largest = torch.maximum(self._largest[at], scores.amax(-1, keepdim=True))
-            shrink = (self._largest[at] - largest).exp_()
-            weights = scores.sub_(largest).exp_()
-            self._totals[at].mul_(shrink).add_(weights.sum(-1, keepdim=True))
-            self._sums[at].mul_(shrink).add_(weights @ values[:, :, tile.keys])
-            self._largest[at] = largest
+            q, out, lse = (x[:, :, tile.queries] for x in (self._q, self._out, self._lse))
+            merge(out, lse, *_attend(q, kv[:, :, :, tile.keys], tile))
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """What attention returns, [B, H, S, E], and the log-sum-exp of each query's scores, [B, H, S, 1]."""
-        out = [sums / total for sums, total in zip(self._sums, self._totals, strict=True)]
-        lse = [largest + total.log() for largest, total in zip(self._largest, self._totals, strict=True)]
-        return _unstack(out, self._heads).to(self._dtype), _unstack(lse, self._heads)
+        """What attention returns, [B, H, S, E], and the log-sum-exp of each query's scores, [B, H, S]."""
+        return self._out.to(self._dtype), self._lse
+
+
+def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
+    """Make of a result [B, H, Q, E] and its log-sum-exp [B, H, Q] those of more keys."""
+    torch.logaddexp(lse, more_lse, out=lse)
+    out.lerp_(more, (more_lse - lse).exp_()[..., None])
 
 
 class Backward:
     """The way back: from the gradient of the result [B, H, S, E] to that of the queries, and of each block's keys."""
 
-    def __init__(self, q: Tensor, out: Tensor, lse: Tensor, grad: Tensor, groups: int, spans: Sequence[slice]) -> None:
-        dtype = wide(q.dtype)
-        self._scale, self._heads = q.shape[-1] ** -0.5, q.shape[1]
-        scaled, grad = q.to(dtype) * self._scale, grad.to(dtype)
-        inner = (out.to(dtype) * grad).sum(-1, keepdim=True)
-        self._q, self._lse, self._grad, self._inner = (
-            [_stack(tensor, span, groups) for span in spans] for tensor in (scaled, lse, grad, inner)
-        )
-        self._dq = [torch.zeros_like(part) for part in self._q]
+    def __init__(self, q: Tensor, out: Tensor, lse: Tensor, grad: Tensor) -> None:
+        self._grad, self._q, self._out = (tensor.to(wide(q.dtype)) for tensor in (grad, q, out))
+        self._lse, self._dq = lse, torch.zeros_like(self._q)
 
     def add(self, kv: Tensor, tiles: Sequence[Tile]) -> Tensor:
         """What these queries give to the gradients of a block's keys and values, [2, B, G, S, E]."""
-        keys, values = kv = kv.to(self._q[0].dtype)
+        kv = kv.to(self._q.dtype)
         grads = torch.zeros_like(kv)
         for tile in tiles:
-            at = tile.queries
-            k, v = keys[:, :, tile.keys], values[:, :, tile.keys]
-            weights = _scores(self._q[at], k, tile).sub_(self._lse[at]).exp_()
-            grads[1][:, :, tile.keys] += weights.mT @ self._grad[at]
-            ds = (self._grad[at] @ v.mT).sub_(self._inner[at]).mul_(weights)
-            grads[0][:, :, tile.keys] += ds.mT @ self._q[at]
-            self._dq[at] += ds @ k
+            grad, q, out, lse = (x[:, :, tile.queries] for x in (self._grad, self._q, self._out, self._lse))
+            dq, *dkv = _attend_backward(grad, q, kv[:, :, :, tile.keys], out, lse, tile)
+            self._dq[:, :, tile.queries] += dq
+            for grad_sum, part in zip(grads, dkv, strict=True):
+                grad_sum[:, :, tile.keys] += part
         return grads
 
     def result(self) -> Tensor:
         """The gradient of the queries, [B, H, S, E]."""
-        return _unstack(self._dq, self._heads).mul_(self._scale)
+        return self._dq
+
+
+def _attend(q: Tensor, kv: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+    """Result [B, H, Q, E] and log-sum-exp [B, H, Q]; 0 and minus infinity where all keys are hidden."""
+    k, v = kv
+    if fused(q):
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = op(q, k, v, is_causal=tile.triangle, attn_mask=_bias(q, tile))
+        if tile.hidden is not None:
+            lse = lse.masked_fill(tile.hidden.all(-1), -torch.inf)
+        return out, lse
+    scores, v = _scores(q, k, tile), _each_head(v, q)
+    lse = scores.logsumexp(-1)
+    return (scores - lse.nan_to_num(neginf=0)[..., None]).exp_() @ v, lse
+
+
+def _attend_backward(
+    grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, tile: Tile
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from that of the result, where `out` and `lse` are those of all keys there are."""
+    k, v = kv
+    if fused(q):
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        dq, dk, dv = op(grad, q, k, v, out, lse, 0.0, tile.triangle, attn_mask=_bias(q, tile))
+        return dq, dk, dv
+    weights = (_scores(q, k, tile) - lse[..., None]).exp_()
+    ds = (grad @ _each_head(v, q).mT - (out * grad).sum(-1, keepdim=True)) * weights * q.shape[-1] ** -0.5
+    dk, dv = (each.unflatten(1, (k.shape[1], -1)).sum(2) for each in (ds.mT @ q, weights.mT @ grad))
+    return ds @ _each_head(k, q), dk, dv
+
+
+def fused(tensor: Tensor) -> bool:
+    """Whether torch has a kernel there, of any dtype, that keeps no scores and in backward takes any log-sum-exp."""
+    return tensor.device.type == "cpu"
+
+
+def _bias(q: Tensor, tile: Tile) -> Tensor | None:
+    """What the kernel adds to the scores, [B, 1, Q, K]."""
+    if tile.hidden is None:
+        return None
+    return torch.zeros_like(tile.hidden, dtype=q.dtype).masked_fill_(tile.hidden, -torch.inf)
 
 
 def _scores(q: Tensor, k: Tensor, tile: Tile) -> Tensor:
-    """[B, G, R Q, E], [B, G, K, E] -> [B, G, R Q, K], minus infinity where a key is hidden."""
-    scores: Tensor = q @ k.mT
-    if tile.hidden is not None:
-        scores.unflatten(2, (-1, tile.hidden.shape[-2])).masked_fill_(tile.hidden, -torch.inf)
-    return scores
+    """[B, H, Q, E], [B, G, K, E] -> [B, H, Q, K], minus infinity where a key is hidden."""
+    scores: Tensor = q @ _each_head(k, q).mT * q.shape[-1] ** -0.5
+    hidden = scores.new_ones(scores.shape[2:], dtype=torch.bool).triu(1) if tile.triangle else tile.hidden
+    return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
 
 
-def _stack(x: Tensor, span: slice, groups: int) -> Tensor:
-    """[B, H, S, E] -> [B, G, R Q, E]: heads that share keys side by side, so that one product serves them all."""
-    stacked: Tensor = x[:, :, span].unflatten(1, (groups, -1)).flatten(2, 3)
-    return stacked
-
-
-def _unstack(parts: Sequence[Tensor], heads: int) -> Tensor:
-    """Back again, of all spans."""
-    ratio = heads // parts[0].shape[1]
-    return torch.cat([part.unflatten(2, (ratio, -1)) for part in parts], dim=3).flatten(1, 2)
+def _each_head(x: Tensor, q: Tensor) -> Tensor:
+    """[B, G, K, E] -> [B, H, K, E]: keys or values of each query head."""
+    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
 def _runs(columns: Tensor) -> list[slice]:
+    """Where columns follow one another in the sequence."""
     jumps = (columns.diff() != 1).nonzero()[:, 0] + 1
-    ends = [0, *jumps.tolist(), len(columns)]
-    return [slice(at, min(at + TILE, stop)) for start, stop in pairwise(ends) for at in range(start, stop, TILE)]
+    return [slice(*ends) for ends in pairwise([0, *jumps.tolist(), len(columns)])]

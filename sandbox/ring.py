@@ -23,7 +23,7 @@ class Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, kv: Tensor, batch: Share, axis: Axis) -> Tensor:
         """[B, H, S_cp, E], [2, B, G, S_cp, E] -> [B, H, S_cp, E]."""
-        attention = Forward(q, kv.shape[2], batch.spans[axis.rank])
+        attention = Forward(q)
         for source, block in _round(kv, batch, axis):
             attention.add(block, batch.tiles[source])
         out, lse = attention.result()
@@ -35,7 +35,7 @@ class Ring(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         """The gradients of q and kv."""
         (q, kv, out, lse), batch, axis = ctx.saved_tensors, ctx.batch, ctx.axis
-        attention = Backward(q, out, lse, grad, kv.shape[2], batch.spans[axis.rank])
+        attention = Backward(q, out, lse, grad)
         parts: dict[int, Tensor] = {}
         coming: Pending | None = None
         for source, block in _round(kv, batch, axis):
@@ -61,7 +61,7 @@ class Gather(torch.autograd.Function):
         flat = torch.cat([(kv if rank == axis.rank else block).flatten() for rank, block in enumerate(blocks)])
         all_gather(flat, sizes, axis).wait()
         blocks = [part.view_as(block) for part, block in zip(flat.split(sizes), blocks, strict=True)]
-        attention = Forward(q, kv.shape[2], batch.spans[axis.rank])
+        attention = Forward(q)
         for source in _from(axis):
             attention.add(blocks[source], batch.tiles[source])
         out, lse = attention.result()
@@ -73,7 +73,7 @@ class Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         """The gradients of q and kv."""
         (q, out, lse, *blocks), batch, axis = ctx.saved_tensors, ctx.batch, ctx.axis
-        attention = Backward(q, out, lse, grad, blocks[0].shape[2], batch.spans[axis.rank])
+        attention = Backward(q, out, lse, grad)
         parts = [attention.add(block, batch.tiles[source]) for source, block in enumerate(blocks)]
         flat = torch.cat([part.flatten().to(q.dtype) for part in parts])
         own = reduce_scatter(flat, [block.numel() for block in blocks], axis, parts[0].dtype).wait()

@@ -62,14 +62,13 @@ def by_blocks(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, batch: Batch, ranks
     kv_grads = [torch.zeros_like(block, dtype=torch.promote_types(q.dtype, torch.float32)) for block in blocks]
     out, dq = torch.empty_like(q), torch.empty_like(q)
     for rank, part in enumerate(parts):
-        columns, groups = part.columns_of[rank], k.shape[1]
+        columns = part.columns_of[rank]
         order_of_arrival = [(rank - step) % ranks for step in range(ranks)]
-        forward = Forward(q[:, :, columns], groups, part.spans[rank])
+        forward = Forward(q[:, :, columns])
         for source in order_of_arrival:
             forward.add(blocks[source], part.tiles[source])
         out[:, :, columns], lse = forward.result()
-        args = (q[:, :, columns], out[:, :, columns], lse, grad[:, :, columns], groups, part.spans[rank])
-        backward = Backward(*args)
+        backward = Backward(q[:, :, columns], out[:, :, columns], lse, grad[:, :, columns])
         for source in order_of_arrival:
             kv_grads[source] += backward.add(blocks[source], part.tiles[source])
         dq[:, :, columns] = backward.result().to(q.dtype)
@@ -91,15 +90,17 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 @UNIT
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "as written"])
 @pytest.mark.parametrize("tile", [1, 3, 512])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 @pytest.mark.parametrize("kind", BATCHES)
 def test_attention_by_blocks_is_attention(
-    kind: str, ranks: int, order: str, groups: int, tile: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, ranks: int, order: str, groups: int, tile: int, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blockwise, "TILE", tile)
+    monkeypatch.setattr(blockwise, "fused", lambda tensor: fused)
     batch = BATCHES[kind]
     rows, size = batch.tokens.shape
     q, grad = (random(rows, 4, size, 6, seed=seed) for seed in (0, 1))
@@ -146,18 +147,19 @@ def test_each_column_has_one_rank_and_ranks_are_of_a_size(sequence: int, ranks: 
 
 
 @UNIT
-def test_zigzag_shares_the_scores_out_evenly_and_contiguous_does_not() -> None:
+def test_zigzag_shares_the_scores_out_evenly_and_contiguous_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def scores(order: str) -> list[int]:
         parts = shares(make([32]), 4, order)
         seen = [int(visible(part, part.whole).sum()) for part in parts]
-        assert seen == [sum(_seen(tile, part) for tiles in part.tiles for tile in tiles) for part in parts]
+        assert seen == [sum(_seen(tile) for tiles in part.tiles for tile in tiles) for part in parts]
         return seen
 
-    def _seen(tile: blockwise.Tile, part: Share) -> int:
-        span = part.spans[part.rank][tile.queries]
-        hidden = 0 if tile.hidden is None else int(tile.hidden.sum())
-        return (span.stop - span.start) * (tile.keys.stop - tile.keys.start) - hidden
+    def _seen(tile: blockwise.Tile) -> int:
+        rows, columns = (span.stop - span.start for span in (tile.queries, tile.keys))
+        assert tile.hidden is None, "work is as much as is seen"
+        return rows * (rows + 1) // 2 if tile.triangle else rows * columns
 
+    monkeypatch.setattr(blockwise, "TILE", 4)
     assert scores("zigzag") == [132] * 4
     assert scores("contiguous") == [36, 100, 164, 228]
 
@@ -167,7 +169,7 @@ def test_a_block_that_no_query_may_see_is_not_computed() -> None:
     first, last = (shares(make([32]), 4, "contiguous")[rank] for rank in (0, 3))
     assert [len(tiles) for tiles in first.tiles] == [1, 0, 0, 0]
     assert [len(tiles) for tiles in last.tiles] == [1, 1, 1, 1]
-    assert [tile.hidden is None for tiles in last.tiles for tile in tiles] == [True, True, True, False]
+    assert [tile.triangle for tiles in last.tiles for tile in tiles] == [False, False, False, True]
     apart = shares(make([8, 8, 8, 8]), 4, "contiguous")
     assert [[len(tiles) for tiles in part.tiles] for part in apart] == torch.eye(4).int().tolist()
 
