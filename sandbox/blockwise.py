@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from sandbox.batch import Batch
-from sandbox.model import visible
+from sandbox.model import triangular, visible
 from sandbox.model.layers import wide
 
 __all__ = ["TILE", "Backward", "Forward", "Share", "Tile"]
@@ -100,24 +100,23 @@ class Share(Batch):
 def _tiles(queries: Batch, keys: Batch, rows: slice, columns: slice) -> Iterator[Tile]:
     """Those of a rectangle of scores. It is cut in four while it is large, and some of it is seen and some is not."""
     mine, theirs = queries.take_columns(rows), keys.take_columns(columns)
-    own = queries is keys and rows == columns
-    large = max(len(mine.columns), len(theirs.columns)) > TILE
-    sees = told_by_bounds(mine, theirs)
-    if sees is False:
+    seen = told(mine, theirs)
+    if seen is False:
         return
-    fits = not large or fused(mine.documents)
-    if sees and fits:
+    large = max(len(mine.columns), len(theirs.columns)) > TILE
+    fits = fused(mine.documents) or not large
+    if seen and fits:
         yield Tile(rows, columns)
-    elif own and fits and told_a_triangle(mine):
+    elif fits and queries is keys and rows == columns and triangular(mine):
         yield Tile(rows, columns, triangle=True)
     elif large:
         for quarter in product(_halves(queries, rows), _halves(keys, columns)):
             yield from _tiles(queries, keys, *quarter)
-    elif (seen := visible(mine, theirs)).any():
-        yield Tile(rows, columns, ~seen)
+    elif (mask := visible(mine, theirs)).any():
+        yield Tile(rows, columns, ~mask)
 
 
-def told_by_bounds(queries: Batch, keys: Batch) -> bool | None:
+def told(queries: Batch, keys: Batch) -> bool | None:
     """Whether all queries see all keys, or none sees any; None if the bounds of documents and positions do not tell."""
     q_documents, k_documents, q_positions, k_positions = (
         numbers.aminmax(dim=1) for numbers in (queries.documents, keys.documents, queries.positions, keys.positions)
@@ -127,12 +126,6 @@ def told_by_bounds(queries: Batch, keys: Batch) -> bool | None:
         return False
     same = (k_documents.min == q_documents.max) & (k_documents.max == q_documents.min)
     return True if (same & (k_positions.max <= q_positions.min)).all() else None
-
-
-def told_a_triangle(batch: Batch) -> bool:
-    """Whether each token sees those before it, and itself: one document in a row, in order."""
-    one_document = (batch.documents == batch.documents[:, :1]).all()
-    return bool(one_document & (batch.positions.diff(dim=1) > 0).all())
 
 
 def _halves(batch: Batch, span: slice) -> list[slice]:

@@ -17,7 +17,7 @@ from sandbox.batch import Batch, once_per_batch
 from sandbox.config import Model
 from sandbox.model.layers import Linear, Linears, each, norm, wide
 
-__all__ = ["Attention", "Core", "attend", "visible"]
+__all__ = ["Attention", "Core", "attend", "triangular", "visible"]
 
 Core = Callable[[Tensor, Tensor, Tensor, Batch], Tensor]
 """`core(q, k, v, batch)`: q [B, H, S, E], k and v [B, G, S, E] -> [B, H, S, E]."""
@@ -74,12 +74,16 @@ def visible(queries: Batch, keys: Batch) -> Tensor:
     return (same & earlier)[:, None]
 
 
+def triangular(batch: Batch) -> bool:
+    """Whether that is a plain triangle among the batch's own tokens: one document in a row, in order."""
+    one_document = (batch.documents == batch.documents[:, :1]).all()
+    return bool(one_document & (batch.positions.diff(dim=1) > 0).all())
+
+
 @once_per_batch
 def _mask(batch: Batch) -> Tensor | None:
     """`visible` among the batch's own tokens, or None where that is a plain triangle, which kernels do faster."""
-    one_document = (batch.documents == batch.documents[:, :1]).all()
-    in_order = (batch.positions.diff(dim=1) > 0).all()
-    return None if one_document & in_order else visible(batch, batch)
+    return None if triangular(batch) else visible(batch, batch)
 
 
 @once_per_batch

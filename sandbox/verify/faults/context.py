@@ -61,6 +61,7 @@ def every_block_causal(trainer: Trainer) -> None:
         whole = torch.ones(len(queries.rows), 1, size, size, dtype=torch.bool).tril()
         return whole[:, :, : len(queries.columns), : len(keys.columns)]
 
+    patch(blockwise, "told", lambda queries, keys: None)
     patch(blockwise, "visible", triangle)
 
 
@@ -72,22 +73,21 @@ def documents_see_each_other(trainer: Trainer) -> None:
         seen = keys.columns <= queries.columns[:, None]
         return seen.expand(len(queries.rows), 1, -1, -1)
 
+    patch(blockwise, "told", lambda queries, keys: None)
     patch(blockwise, "visible", earlier)
 
 
 @fault(52, "jzhang38/EasyContext/issues/14", "forward", "context", 3)
 def earlier_sums_not_scaled_down(trainer: Trainer) -> None:
-    """When a block brings a larger score, the sum of values so far keeps its old scale."""
-    add = Forward.add
+    """When a block's result is added, the one so far keeps its old scale."""
+    merge = blockwise.merge
 
-    def stale(forward: Forward, kv: Tensor, tiles: list[Tile]) -> None:
-        for tile in tiles:
-            sums, largest = (kept[tile.queries].clone() for kept in (forward._sums, forward._largest))
-            add(forward, kv, [tile])
-            shrink = (largest - forward._largest[tile.queries]).exp()
-            forward._sums[tile.queries].add_(sums * (1 - shrink))
+    def stale(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
+        lost = out * (1 - (lse - lse.logaddexp(more_lse)).exp())[..., None]
+        merge(out, lse, more, more_lse)
+        out.add_(lost)
 
-    patch(Forward, "add", stale)
+    patch(blockwise, "merge", stale)
 
 
 @fault(52, "zhuzilin/ring-flash-attention/issues/42", "precision", "context", 4)
@@ -97,8 +97,7 @@ def merged_in_bfloat16(trainer: Trainer) -> None:
 
     def rounded(forward: Forward, kv: Tensor, tiles: list[Tile]) -> None:
         add(forward, kv, tiles)
-        for sums in forward._sums:
-            sums.copy_(sums.bfloat16())
+        forward._out.copy_(forward._out.bfloat16())
 
     patch(Forward, "add", rounded)
 
