@@ -34,14 +34,14 @@ lint: .venv/.installed  ## ruff, mypy, import contracts
 unit: .venv/.installed  ## Tests of one process
 	$(BIN)/pytest -m unit
 
-parity: .venv/.installed  ## Tests of several processes, for the data axis and the whole matrix
-	$(BIN)/pytest -m "parity and not engines" --ignore tests/thorough
+parity: .venv/.installed  ## Tests of several processes: every strategy of native and torch by itself, and all around it
+	$(BIN)/pytest -m "parity and not engines and not thorough"
 
 engines: .venv/.installed  ## The same for FairScale, Accelerate and DeepSpeed; five minutes
-	$(BIN)/pytest -m engines
+	$(BIN)/pytest -m "engines and not thorough"
 
-thorough: .venv/.installed  ## More tests of several processes: corners of each strategy, and plans drawn at random; minutes
-	$(BIN)/pytest -m parity tests/thorough
+thorough: .venv/.installed  ## Compositions, corners of each strategy, plans drawn at random; a quarter of an hour
+	$(BIN)/pytest -m "parity and thorough"
 
 bench: .venv/.installed  ## Step time against torch's own implementations, and bubbles against theory
 	$(BIN)/python benchmarks/step_time.py

@@ -2,11 +2,12 @@
 
 from collections import Counter
 from itertools import combinations, product
+from typing import Any
 
 import pytest
 import world
 
-from sandbox.plan import engines, find, required, strategies
+from sandbox.plan import engines, find, plan, required, strategies
 from sandbox.verify import Case, Verdict, matrix
 from sandbox.verify.compositions import AXES, Way, ways
 
@@ -17,11 +18,14 @@ def name(case: Case) -> str:
     return f"{case.config.engine} {case.config.name}"
 
 
-MARKED = [pytest.param(c, id=name(c), marks=[pytest.mark.engines] * bool(required(c.config.engine))) for c in CASES]
+def marked(case: Case) -> Any:
+    engines = [pytest.mark.engines] if required(case.config.engine) else []
+    composed = [pytest.mark.thorough] if len(plan(case.config)) > 1 and case.config.mesh.world > 3 else []
+    return pytest.param(case, id=name(case), marks=engines + composed)
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("case", MARKED)
+@pytest.mark.parametrize("case", [marked(case) for case in CASES])
 def test_a_case_holds(case: Case) -> None:
     verdict = world.verifier().verify(case)
     assert verdict.status == "held", verdict.cause
