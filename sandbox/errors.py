@@ -6,6 +6,7 @@ __all__ = [
     "MeshError",
     "ParityError",
     "SandboxError",
+    "TrainingError",
     "UnsupportedError",
     "WorkerError",
 ]
@@ -39,5 +40,16 @@ class ParityError(SandboxError, AssertionError):
     """A sharded run and its reference differ."""
 
 
+class TrainingError(SandboxError):
+    """The training itself cannot go on, and would fail alike if it was started again: a loss that is no number."""
+
+
 class WorkerError(SandboxError):
-    """A rank failed, died or did not answer in time. The text leads with that rank's error."""
+    """A rank failed, died or did not answer in time. The text leads with that rank's error.
+
+    `moment` is when, by `time.monotonic()`: the failure, or of a hang the last sign of life; None if nobody knows.
+    """
+
+    def __init__(self, text: str, moment: float | None = None) -> None:
+        super().__init__(text)
+        self.moment = moment

@@ -1,6 +1,8 @@
 """A training from a config: the work of each rank, and what its launcher shows and writes down."""
 
 import json
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,31 +16,44 @@ from sandbox import checkpoint
 from sandbox.comm import Recorder
 from sandbox.config import Config
 from sandbox.data import Corpus, bits_per_byte
-from sandbox.errors import CheckpointError
+from sandbox.errors import CheckpointError, ConfigError, TrainingError, WorkerError
 from sandbox.mesh import Mesh
 from sandbox.model import build
 from sandbox.plan import name_of, plan
-from sandbox.runtime import Member, attach, attached, launch
-from sandbox.trainer import Trainer
+from sandbox.runtime import Member, attach, attached, launch, started
+from sandbox.supervisor import Supervision, resized, supervise
+from sandbox.trainer import Step, Trainer
 
 __all__ = ["Log", "device_of", "start", "train"]
 
 
 def train(member: Member, config: Config, folder: Path, resume: bool) -> float:
-    """Train on this rank; report through `member.send` on rank 0 -> the last validation loss, in nats a token."""
+    """Train on this rank; report through `member.send` on rank 0 -> the last validation loss, in nats a token.
+
+    `resume`: from the newest checkpoint in the folder, if there is one. A checkpoint that cannot be written is told,
+    and the training goes on; only of the last one it is an error.
+
+    Raises TrainingError: a loss or a norm that is no number, or a batch that the model cannot take.
+    """
     device = torch.device(member.device)
     mesh = Mesh(config.mesh.degrees, member.rank, device.type, Recorder(board=member.board))
     corpus = Corpus.load(config.data, config.model.vocab)
     trainer = Trainer(config, mesh, device, corpus)
     send: Callable[[dict[str, Any]], None] = member.send if member.rank == 0 else lambda message: None
+    kept = folder / "checkpoints"
     if resume:
-        checkpoint.restore(trainer, checkpoint.latest(folder / "checkpoints"))
+        checkpoint.restore_newest(trainer, kept)
     send({"run": _facts(trainer)})
     every, settings = config.train.eval_every, config.run
     loss = float("nan")
     beside = settings.checkpoint_async and settings.checkpoint_every > 0
-    with checkpoint.Saver(folder / "checkpoints", keep=settings.checkpoint_keep, asynchronous=beside) as saver:
+
+    def warn(error: CheckpointError) -> None:
+        send({"step": trainer.step, "warning": f"{error}. The training goes on."})
+
+    with checkpoint.Saver(kept, keep=settings.checkpoint_keep, asynchronous=beside, warn=warn) as saver:
         for step in trainer.run():
+            _see_numbers(step, config)
             send(asdict(step))
             done = step.step == config.train.steps
             if done or (every and step.step % every == 0):
@@ -49,24 +64,58 @@ def train(member: Member, config: Config, folder: Path, resume: bool) -> float:
     return loss
 
 
-def start(config: Config, folder: Path, *, resume: bool = False) -> float:
-    """Train as one rank of torchrun, or launch the whole world here -> the last validation loss, in nats a token."""
+def _see_numbers(step: Step, config: Config) -> None:
+    for what, value in (("loss", step.loss), ("gradient norm", step.grad_norm)):
+        if not math.isfinite(value):
+            again = "An earlier checkpoint is in the run's folder. " if config.run.checkpoint_every else ""
+            raise TrainingError(
+                f"step {step.step}: the {what} is {value}. {again}Lower train.lr, set train.clip, or look at the text: "
+                "started again as it is, the run would come to the same."
+            )
+
+
+def start(
+    config: Config,
+    folder: Path,
+    *,
+    resume: bool = False,
+    autoresume: bool = False,
+    supervision: Supervision | None = None,
+) -> float:
+    """Train as one rank of torchrun, or launch the whole world here -> the last validation loss, in nats a token.
+
+    `resume` needs a checkpoint in the folder; `autoresume` goes on from one if it is there. Under torchrun, of
+    `supervision` only the fewest ranks count: restarts are torchrun's.
+    """
+    how = supervision or Supervision()
+    how.check(config)
+    if attached():
+        if how.max_restarts:
+            raise ConfigError("--max-restarts: under torchrun, give that to torchrun, and --autoresume to this.")
+        if how.min_ranks is not None and started() >= how.min_ranks:
+            config = resized(config, started())
     plan(config)
     kept, notes = folder / "checkpoints", []
-    if resume:
-        found = checkpoint.latest(kept)
+    found = checkpoint.latest(kept) if resume else checkpoint.newest(kept) if autoresume else None
+    if found:
         checkpoint.check(found, config)
         notes = [f"going on from {found}", *checkpoint.changes(found, config)]
-    elif kept.exists() and any(kept.iterdir()):
+    elif not autoresume and kept.exists() and any(kept.iterdir()):
         raise CheckpointError(
             f"{kept}: holds checkpoints of an earlier run. Go on from there with --resume, name another --folder, "
             "or remove it."
         )
-    how: dict[str, Any] = {"timeout": config.run.timeout, "device": device_of(config)}
-    with Log(folder, config.train.steps, append=resume, notes=notes) as log:
+    with Log(folder, config.train.steps, append=found is not None, notes=notes) as log:
+        options: dict[str, Any] = {"timeout": config.run.timeout, "on_message": log.take}
         if attached():
-            return attach(config.mesh.world, train, config, folder, resume, on_message=log.take, **how)
-        return launch(config.mesh.world, train, config, folder, resume, on_message=log.take, **how)[0]
+            again = resume or autoresume
+            return attach(config.mesh.world, train, config, folder, again, device=device_of(config), **options)
+
+        def attempt(config: Config) -> float:
+            again = resume or autoresume or log.faults > 0
+            return launch(config.mesh.world, train, config, folder, again, device=device_of(config), **options)[0]
+
+        return supervise(attempt, config, how, log.fault)
 
 
 def device_of(config: Config) -> str:
@@ -91,6 +140,8 @@ class Log:
     ) -> None:
         self.folder, self.steps, self.append, self.notes = folder, steps, append, notes
         self.console = console or Console(highlight=False)
+        self.faults = 0
+        self._fault: WorkerError | None = None  # the last one, until the next step
         self._file: TextIO | None = None
         self._entropy = 0.0
         self._bar = Progress(
@@ -113,25 +164,19 @@ class Log:
         if self._file:
             self._file.close()
 
+    def fault(self, error: WorkerError, number: int) -> None:
+        """The world has ended, and will be started for the `number`-th time again."""
+        self.faults, self._fault = number, error
+        self._write({"restart": number, "fault": str(error)})
+        self.console.print(str(error).partition("\n")[0], style="yellow", markup=False, soft_wrap=True)
+
     def take(self, rank: int, message: dict[str, Any]) -> None:
         """One message of a rank."""
-        if self._file is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self.folder / "metrics.jsonl").open("a" if self.append else "w", encoding="utf-8")
-            if self.console.is_terminal:
-                self._bar.start()
-        self._file.write(json.dumps(message) + "\n")
-        self._file.flush()
-        if "run" in message:
-            facts = message["run"]
-            self._entropy = facts["unigram_entropy"]
-            self.console.print(
-                f"{facts['name']}: {facts['parameters']:,} parameters, {facts['strategy']} on {facts['world']} ranks "
-                f"({facts['mesh']}), {facts['device']}\n{facts['corpus']}",
-                soft_wrap=True,
-            )
-            for note in self.notes:
-                self.console.print(note, soft_wrap=True)
+        self._write(message)
+        if "warning" in message:
+            self.console.print(f"warning: {message['warning']}", style="yellow", markup=False, soft_wrap=True)
+        elif "run" in message:
+            self._head(message["run"])
         elif "validation_loss" in message:
             loss, bits = message["validation_loss"], message["bits_per_byte"]
             self.console.print(
@@ -140,7 +185,40 @@ class Log:
                 soft_wrap=True,
             )
         else:
+            if self._fault:
+                self._recovered(self._fault)
             self._show(message)
+
+    def _recovered(self, fault: WorkerError) -> None:
+        self._fault = None
+        if fault.moment is not None:
+            took = time.monotonic() - fault.moment
+            self._write({"restart": self.faults, "seconds": took})
+            self.console.print(f"restart {self.faults}: next step {took:.2f} s after the fault")
+
+    def _write(self, message: dict[str, Any]) -> None:
+        if self._file is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self.folder / "metrics.jsonl").open("a" if self.append else "w", encoding="utf-8")
+            if self.console.is_terminal:
+                self._bar.start()
+        self._file.write(json.dumps(message) + "\n")
+        self._file.flush()
+
+    def _head(self, facts: dict[str, Any]) -> None:
+        if self._fault:
+            place = f"step {facts['from_step']} on {facts['world']} ranks ({facts['mesh']})"
+            self.console.print(f"restart {self.faults}: going on from {place}", soft_wrap=True)
+        if self._entropy:
+            return
+        self._entropy = facts["unigram_entropy"]
+        self.console.print(
+            f"{facts['name']}: {facts['parameters']:,} parameters, {facts['strategy']} on {facts['world']} ranks "
+            f"({facts['mesh']}), {facts['device']}\n{facts['corpus']}",
+            soft_wrap=True,
+        )
+        for note in self.notes:
+            self.console.print(note, soft_wrap=True)
 
     def _show(self, step: dict[str, Any]) -> None:
         text = (

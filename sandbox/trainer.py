@@ -11,6 +11,7 @@ from sandbox.batch import Batch
 from sandbox.comm import all_reduce
 from sandbox.config import Config
 from sandbox.data import Corpus
+from sandbox.errors import TrainingError
 from sandbox.mesh import Mesh
 from sandbox.plan import fold
 from sandbox.program import Program, learning_rate
@@ -63,8 +64,18 @@ class Trainer:
         return Step(self.step, loss.wait().item(), norm.item(), lr, batch.tokens.numel() / seconds, seconds)
 
     def batch(self) -> Batch:
-        """The global batch of the coming step: the same on all ranks."""
-        return self.corpus.batch(self.step, seed=self.config.train.seed, rows=self.config.train.batch)
+        """The global batch of the coming step: the same on all ranks.
+
+        Raises TrainingError: it holds a token that the model has no row for.
+        """
+        batch = self.corpus.batch(self.step, seed=self.config.train.seed, rows=self.config.train.batch)
+        low, high, vocab = int(batch.tokens.min()), int(batch.tokens.max()), self.config.model.vocab
+        if low < 0 or high >= vocab:
+            raise TrainingError(
+                f"step {self.step + 1}: the batch holds token {low if low < 0 else high}, but the model's are 0 to "
+                f"{vocab - 1}. Mend the text, or raise model.vocab."
+            )
+        return batch
 
     def compute_gradients(self, batch: Batch) -> Tensor:
         """Forward and backward over this rank's microbatches -> this rank's share of the loss (float64)."""

@@ -18,8 +18,8 @@ has no generator: nothing else is random.
     llama     the parameters under the names of Hugging Face's Llama, and back
 """
 
-from sandbox.checkpoint.folder import find, latest
-from sandbox.checkpoint.resume import changes, check, restore
+from sandbox.checkpoint.folder import find, latest, newest
+from sandbox.checkpoint.resume import changes, check, restore, restore_newest
 from sandbox.checkpoint.saver import Saver, save
 
-__all__ = ["Saver", "changes", "check", "find", "latest", "restore", "save"]
+__all__ = ["Saver", "changes", "check", "find", "latest", "newest", "restore", "restore_newest", "save"]

@@ -16,7 +16,9 @@ from typing import Any
 
 from sandbox.errors import CheckpointError
 
-__all__ = ["FACTS", "SUMS", "begin", "checksum", "facts", "find", "latest", "problems", "prune", "publish", "told"]
+__all__ = [
+    "FACTS", "SUMS", "begin", "checksum", "facts", "find", "latest", "newest", "problems", "prune", "publish", "told",
+]  # fmt: skip
 
 FACTS = "run.json"
 SUMS = "SHA256SUMS"
@@ -28,10 +30,16 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)\n")
 
 def latest(folder: Path) -> Path:
     """The newest complete checkpoint in `folder`. Raises CheckpointError if there is none."""
-    found = _complete(folder)
+    found = newest(folder)
     if not found:
         raise CheckpointError(f"{folder}: holds no checkpoint. Train with run.checkpoint_every: N first.")
-    return found[-1]
+    return found
+
+
+def newest(folder: Path) -> Path | None:
+    """As `latest`, but None if there is none."""
+    found = _complete(folder)
+    return found[-1] if found else None
 
 
 def find(path: Path) -> Path:

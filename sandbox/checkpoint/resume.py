@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from sandbox.checkpoint.folder import facts, problems
+from sandbox.checkpoint.folder import facts, newest, problems
 from sandbox.checkpoint.state import put, wanted
 from sandbox.checkpoint.storage import Piece, index, read, together
 from sandbox.config import Config, Model
@@ -12,7 +12,7 @@ from sandbox.data import Corpus
 from sandbox.errors import CheckpointError
 from sandbox.trainer import Trainer
 
-__all__ = ["about", "changes", "check", "restore"]
+__all__ = ["about", "changes", "check", "restore", "restore_newest"]
 
 SAME = {
     "model": tuple(name for name in Model.model_fields if name != "init"),
@@ -66,6 +66,13 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     together(fetch, None)
     put(trainer, pieces)
     trainer.step = facts(checkpoint)["step"]
+
+
+def restore_newest(trainer: Trainer, folder: Path) -> None:
+    """As `restore`, from the newest checkpoint in `folder` as the first rank sees it; without any, do nothing."""
+    found = together(lambda: newest(folder) if trainer.mesh.rank == 0 else None, None)[0]
+    if found:
+        restore(trainer, found)
 
 
 def changes(checkpoint: Path, config: Config) -> list[str]:

@@ -7,7 +7,7 @@ The copy is all that the training waits for (and an earlier save, if it is still
 group of its own: messages of a save and of a step must not meet.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, cast
@@ -27,11 +27,19 @@ __all__ = ["Saver", "save"]
 class Saver:
     """Writes checkpoints to `folder`/step-NNNNNN and keeps the newest `keep`. All ranks make one, and call it alike.
 
-    Use it as a context, or call `wait` at the end: a save under way is not yet one.
+    Use it as a context, or call `wait` at the end: a save under way is not yet one. With `warn`, a save that could not
+    be written is told to it at the next, which is then tried; only the last one is an error.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2, asynchronous: bool = False) -> None:
-        self.folder, self.keep, self.asynchronous = folder, keep, asynchronous
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 2,
+        asynchronous: bool = False,
+        warn: Callable[[CheckpointError], None] | None = None,
+    ) -> None:
+        self.folder, self.keep, self.asynchronous, self._warn = folder, keep, asynchronous, warn
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._group = _own_group() if asynchronous else None
         self._pending: Future[None] | None = None
@@ -46,15 +54,27 @@ class Saver:
     def save(self, trainer: Trainer) -> None:
         """Save the trainer's state; if `asynchronous`, return as soon as it is copied.
 
-        Raises CheckpointError, on all ranks: this save, or the one before, could not be written.
+        Raises CheckpointError, on all ranks, if nobody is warned: this save, or the one before, could not be written.
         """
-        self.wait()
+        try:
+            self.wait()
+        except CheckpointError as error:
+            if self._warn is None:
+                raise
+            self._warn(error)
         pieces = held(trainer, copy=self.asynchronous)
         facts = about(trainer)
         if self._thread:
             self._pending = self._thread.submit(self._write, trainer.step, pieces, facts)
-        else:
+            return
+        self._pending = Future()
+        try:
             self._write(trainer.step, pieces, facts)
+            self._pending.set_result(None)
+        except CheckpointError as error:
+            self._pending.set_exception(error)
+        if self._warn is None:
+            self.wait()
 
     def wait(self) -> None:
         """Block until the save under way is complete, on all ranks."""

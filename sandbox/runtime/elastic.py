@@ -9,7 +9,7 @@ from sandbox.runtime.failure import Failure
 from sandbox.runtime.member import Member, join
 from sandbox.runtime.network import interface_towards, interfaces, loopback
 
-__all__ = ["attach", "attached"]
+__all__ = ["attach", "attached", "started"]
 
 T = TypeVar("T")
 
@@ -17,6 +17,11 @@ T = TypeVar("T")
 def attached() -> bool:
     """Whether torchrun, or something that sets the same variables, started this process as one of its ranks."""
     return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def started() -> int:
+    """The number of ranks that torchrun started."""
+    return int(os.environ["WORLD_SIZE"])
 
 
 def attach(
@@ -38,10 +43,10 @@ def attach(
     Raises MeshError: torchrun started another number of ranks.
     Raises WorkerError: the work failed, or a collective did. SandboxErrors are raised as they are.
     """
-    rank, started, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if started != world:
+    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if started() != world:
         raise MeshError(
-            f"the mesh has {world} ranks, but torchrun started {started}. Start {world}, or change a degree."
+            f"the mesh has {world} ranks, but torchrun started {started()}. Start {world}, or change a degree."
         )
     listener = on_message or (lambda rank, message: None)
     member = Member(

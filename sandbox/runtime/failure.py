@@ -81,7 +81,7 @@ def verdict(failures: Collection[Failure]) -> SandboxError:
         text += f"\nAlso failed on {'its' if len(rest) == 1 else 'their'} own: {ranks(rest)}."
     if echoes:
         text += f"\nFailed as a consequence: {ranks(echoes)}."
-    return WorkerError(text)
+    return WorkerError(text, cause.moment)
 
 
 def _travels(error: SandboxError) -> bool:

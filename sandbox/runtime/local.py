@@ -223,5 +223,6 @@ def _collect(ranks: _Ranks, timeout: float, on_message: Callable[[int, Any], Non
         raise verdict(failures.values())
     if len(results) < world:
         entries = [board.read() for board in ranks.boards]
-        raise WorkerError(stalled(entries, returned=results.keys(), places=ranks.places(), timeout=timeout))
+        text = stalled(entries, returned=results.keys(), places=ranks.places(), timeout=timeout)
+        raise WorkerError(text, end - timeout)
     return [results[rank] for rank in range(world)]
