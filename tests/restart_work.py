@@ -1,0 +1,178 @@
+"""What launched ranks do in the tests of restarts: train, until they are struck."""
+
+import json
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_work import moments_dropped
+
+from sandbox import checkpoint, comm, run
+from sandbox.checkpoint import saver, storage
+from sandbox.config import Config
+from sandbox.config import Run as RunConfig
+from sandbox.data import Corpus
+from sandbox.model.attention import Attention
+from sandbox.runtime import Member, launch
+from sandbox.supervisor import Supervision
+from sandbox.trainer import Trainer
+
+PHASES: dict[str, tuple[Any, str]] = {
+    "forward": (Attention, "forward"),
+    "backward": (Trainer, "_accumulated"),
+    "collective": (comm.Pending, "wait"),
+    "update": (Trainer, "update"),
+    "save": (saver, "write"),
+}
+"""What a rank is struck in the middle of: the first call of this, once it has made so many steps."""
+
+KINDS = ("SIGKILL", "SIGSTOP", "raise")
+
+
+@dataclass(frozen=True)
+class Blow:
+    """A fault to come: on `rank` (modulo the world), when it has made `after` steps since it was started."""
+
+    rank: int
+    after: int
+    phase: str
+    kind: str
+
+    def arm(self) -> None:
+        """Lie in wait, in this process."""
+        owner, name = PHASES[self.phase]
+        call, step, done = getattr(owner, name), Trainer.train_step, 0
+
+        def struck(*args: Any) -> Any:
+            if done >= self.after:
+                self.strike()
+            return call(*args)
+
+        def counted(trainer: Trainer) -> Any:
+            nonlocal done
+            result = step(trainer)
+            done += 1
+            return result
+
+        setattr(owner, name, struck)
+        Trainer.train_step = counted  # type: ignore[method-assign]
+
+    def strike(self) -> None:
+        if self.kind == "raise":
+            raise RuntimeError(f"planted in {self.phase}")
+        os.kill(os.getpid(), getattr(signal, self.kind))
+
+
+def struck(member: Member, config: Config, folder: Path, resume: bool, blow: Blow | None) -> float:
+    """`run.train`, with a blow on one of the ranks."""
+    if blow and member.rank == blow.rank % member.world:
+        blow.arm()
+    return run.train(member, config, folder, resume)
+
+
+def forgetful(member: Member, config: Config, folder: Path, resume: bool, blow: Blow | None) -> float:
+    """A restart with a bug: what the optimizer has gathered is not restored."""
+    restore = checkpoint.restore_newest
+
+    def forget(trainer: Trainer, kept: Path) -> None:
+        restore(trainer, kept)
+        moments_dropped(trainer)
+
+    checkpoint.restore_newest = forget
+    return struck(member, config, folder, resume, blow)
+
+
+def not_a_number(member: Member, config: Config, folder: Path, resume: bool, blow: Blow | None) -> float:
+    """In the third step, a parameter is none."""
+    update = Trainer.update
+
+    def spoil(trainer: Trainer) -> Any:
+        norm = update(trainer)
+        if trainer.step == 2:
+            with torch.no_grad():
+                next(iter(trainer.program.parameters.values())).fill_(torch.nan)
+        return norm
+
+    Trainer.update = spoil  # type: ignore[method-assign]
+    return run.train(member, config, folder, resume)
+
+
+def unknown_token(member: Member, config: Config, folder: Path, resume: bool, blow: Blow | None) -> float:
+    """In the third step, the text holds what the model has no row for."""
+    draw = Corpus.batch
+
+    def spoil(corpus: Corpus, step: int, **how: Any) -> Any:
+        batch = draw(corpus, step, **how)
+        if step == 2:
+            batch.tokens[0, 1] = 257
+        return batch
+
+    Corpus.batch = spoil  # type: ignore[method-assign]
+    return run.train(member, config, folder, resume)
+
+
+def full_disk(member: Member, config: Config, folder: Path, resume: bool, blow: Blow | None) -> float:
+    """The last rank has no room for the second checkpoint."""
+    write, saves = storage._Writer.write_data, 0
+
+    def full(*args: Any) -> Any:
+        nonlocal saves
+        saves += 1
+        if saves == 2:
+            raise OSError(28, "No space left on device")
+        return write(*args)
+
+    if member.rank == member.world - 1:
+        storage._Writer.write_data = full  # type: ignore[method-assign]
+    return run.train(member, config, folder, resume)
+
+
+def drawn(seed: int, count: int) -> list[Blow]:
+    """Random faults, each within the first three steps after the last."""
+    draw = random.Random(seed)
+    return [
+        Blow(draw.randrange(12), draw.randrange(3), draw.choice(list(PHASES)), draw.choice(KINDS)) for _ in range(count)
+    ]
+
+
+def with_run(config: Config, **settings: Any) -> Config:
+    run_ = RunConfig.model_validate({"device": "cpu", "checkpoint_every": 1, "timeout": 3, **settings})
+    train = config.train.model_copy(update={"eval_batches": 1})
+    return config.model_copy(update={"run": run_, "train": train})
+
+
+def supervised(
+    config: Config,
+    folder: Path,
+    blows: Sequence[Blow] = (),
+    min_ranks: int | None = None,
+    train: Callable[..., float] = struck,
+    restarts: int | None = None,
+) -> float:
+    """`run.start`, with one of the blows in each attempt while they last."""
+    coming: Iterator[Blow] = iter(blows)
+
+    def launch_struck(world: int, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        assert work is run.train
+        return launch(world, train, *args, next(coming, None), **options)
+
+    if restarts is None:
+        restarts = len(blows) + 20 if blows else 0  # on a machine under load, a slow step may look like a hang
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "launch", launch_struck)
+        return run.start(config, folder, supervision=Supervision(restarts, min_ranks))
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(folder: Path) -> list[tuple[int, tuple[float, float]]]:
+    """(step, (loss, gradient norm)), in the order in which they were made: some again after a fault."""
+    return [(line["step"], (line["loss"], line["grad_norm"])) for line in metrics(folder) if "loss" in line]
