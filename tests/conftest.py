@@ -1,6 +1,12 @@
 """Every test has a tier; and where worlds will be started, torch is imported for them while the tests are collected."""
 
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
+from traced import Traced
 
 from sandbox.runtime import warm
 
@@ -23,3 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     if any(item.get_closest_marker("parity") for item in session.items) and not session.config.option.collectonly:
         warm()
+
+
+@pytest.fixture
+def traced(tmp_path: Path) -> Iterator[Traced]:
+    programs = Traced(tmp_path)
+    yield programs
+    for pid in programs.processes():
+        os.kill(pid, signal.SIGKILL)

@@ -1,5 +1,10 @@
 """A run outlives its ranks, ends where it would have ended without the fault, and never restarts in vain."""
 
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +12,12 @@ import checkpoint_work
 import pytest
 import restart_work as work
 import world
+import yaml
 from restart_work import KINDS, PHASES, Blow, metrics, steps, supervised, with_run
+from traced import Traced
 
 from sandbox import run
-from sandbox.config import Config
+from sandbox.config import Config, load
 from sandbox.errors import CheckpointError, ConfigError, MeshError, TrainingError, WorkerError
 from sandbox.supervisor import Supervision, resized, smaller, supervise
 
@@ -215,3 +222,66 @@ def test_a_full_disk_is_told_and_the_training_goes_on(
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="step 2 could not be saved"):
         supervised(small(count=2), tmp_path, train=work.full_disk)
+
+
+# Under torchrun
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2", "-m", "sandbox")
+
+
+def until(seen: Callable[[], Any], seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := seen():
+            return found
+        time.sleep(0.02)
+    pytest.fail("it never came")
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A config of two ranks, long enough to be struck."""
+    path = tmp_path / "small.yaml"
+    config = with_run(checkpoint_work.config("tp 2", train={"steps": 60}))
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return path
+
+
+def saved(folder: Path) -> bool:
+    return len(list(folder.glob("checkpoints/step-??????"))) > 1
+
+
+@parity
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_torchrun_starts_again_and_the_run_goes_on_from_its_last_checkpoint(
+    tmp_path: Path, traced: Traced, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    config, folder = load(written), tmp_path / "struck"
+    supervised(config, tmp_path / "whole")
+    with traced.start(*TORCHRUN, "run", str(written), "--folder", str(folder), "--autoresume") as program:
+        until(lambda: saved(folder))
+        (worker,) = until(lambda: traced.processes("\0RANK=1\0"))
+        os.kill(worker, signal.SIGKILL)
+        _, errors = program.communicate()
+    assert program.returncode == 0, errors
+    starts = [line["run"]["from_step"] for line in metrics(folder) if "run" in line]
+    assert len(starts) == 2
+    assert starts[1] > 0
+    assert set(steps(folder)) == set(steps(tmp_path / "whole"))
+    assert not traced.processes()
+
+
+@parity
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends the ranks")
+def test_no_rank_outlives_torchruns_agent(
+    tmp_path: Path, traced: Traced, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    folder = tmp_path / "struck"
+    with traced.start(*TORCHRUN, "run", str(written), "--folder", str(folder), "--set", "train.steps=9999") as program:
+        until(lambda: saved(folder))
+        program.kill()
+        program.communicate()
+    assert traced.gone()

@@ -4,13 +4,12 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import runtime_work as work
+from traced import Traced
 
 from sandbox.errors import ConfigError, MeshError, WorkerError
 from sandbox.runtime import Board, Member, attached, launch
@@ -191,48 +190,6 @@ def test_a_rank_that_returned_without_its_peers_is_named() -> None:
 @parity
 def test_a_rank_that_talks_does_not_hang() -> None:
     assert launch(1, work.slow_but_talking, timeout=1) == ["done"]
-
-
-@dataclass
-class Traced:
-    """Programs whose processes and files can be found again."""
-
-    folder: Path
-    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-    def start(self, *command: str) -> "subprocess.Popen[str]":
-        environment = {**os.environ, "RUNTIME_TEST": self.mark, "TMPDIR": str(self.folder)}
-        pipe = subprocess.PIPE
-        return subprocess.Popen([sys.executable, *command], stdout=pipe, stderr=pipe, text=True, env=environment)
-
-    def processes(self) -> list[int]:
-        return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ") if self._ours(path)]
-
-    def files(self) -> list[Path]:
-        return list(self.folder.glob("sandbox-*"))  # torch has a cache there
-
-    def _ours(self, path: Path) -> bool:
-        try:
-            return self.mark.encode() in path.read_bytes()
-        except OSError:  # another's, or gone
-            return False
-
-    def gone(self) -> bool:
-        """Whether all is gone, at the latest in 5 s: the kernel needs a moment for dead processes."""
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline:
-            if not self.processes() and not self.files():
-                return True
-            time.sleep(0.02)
-        return False
-
-
-@pytest.fixture
-def traced(tmp_path: Path) -> Iterator[Traced]:
-    programs = Traced(tmp_path)
-    yield programs
-    for pid in programs.processes():
-        os.kill(pid, signal.SIGKILL)
 
 
 @linux

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from sandbox.errors import MeshError, SandboxError, WorkerError
 from sandbox.runtime.failure import Failure
-from sandbox.runtime.member import Member, join
+from sandbox.runtime.member import Member, end_with, join
 from sandbox.runtime.network import interface_towards, interfaces, loopback
 
 __all__ = ["attach", "attached", "started"]
@@ -43,6 +43,10 @@ def attach(
     Raises MeshError: torchrun started another number of ranks.
     Raises WorkerError: the work failed, or a collective did. SandboxErrors are raised as they are.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with(
+            os.getppid()
+        )  # torchrun's agent, if killed, would leave us behind, and other nodes waiting for minutes
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if started() != world:
         raise MeshError(

@@ -1,6 +1,8 @@
 """What a rank's work is given: who it is, and how to speak to its launcher."""
 
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +12,7 @@ from typing import Any, NoReturn
 from sandbox.errors import MeshError
 from sandbox.runtime.board import Board
 
-__all__ = ["Member", "join", "leave"]
+__all__ = ["Member", "end_with", "join", "leave"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,15 @@ def join(member: Member, *, timeout: float, threads: int, place: str = "env://")
         device_id=device if device.type == "cuda" else None,
     )
     member.board.leave()
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel kill this process when its `parent` dies, where the kernel can."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it died first
+        os._exit(1)
 
 
 def leave(code: int) -> NoReturn:

@@ -15,7 +15,6 @@ Why not multiprocessing's own forkserver: its workers re-import `__main__`, keep
 the first call, and outlive a launcher that is killed.
 """
 
-import ctypes
 import faulthandler
 import gc
 import importlib
@@ -38,7 +37,7 @@ from typing import Any, NoReturn
 import sandbox
 from sandbox.runtime.board import Board
 from sandbox.runtime.failure import Failure
-from sandbox.runtime.member import Member, join, leave
+from sandbox.runtime.member import Member, end_with, join, leave
 from sandbox.runtime.parcel import pack
 
 __all__ = ["MOST_RANKS", "Request", "Started", "serve", "stack_file"]
@@ -167,7 +166,7 @@ def _fork_ranks(request: Request, files: Sequence[int], folder: Path) -> dict[in
             try:
                 for file in {*files} - {line}:
                     os.close(file)
-                _end_with(keeper)
+                end_with(keeper)
                 _run(request, rank, Connection(line), Board(memory, rank), folder)
             finally:  # only if the launcher is gone, so that there is nobody to tell
                 os._exit(1)
@@ -192,15 +191,6 @@ def _watch(alive: dict[int, int], launcher: "Connection[Any, Any]") -> None:
         if launcher in wait([launcher, bell]):
             return
         os.read(bell, 4096)
-
-
-def _end_with(keeper: int) -> None:
-    """Have the kernel kill this process when its keeper dies, where the kernel can."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != keeper:  # it died first
-        os._exit(1)
 
 
 def _run(request: Request, rank: int, launcher: "Connection[Any, Any]", board: Board, folder: Path) -> NoReturn:
