@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import world
 from checkpoint_work import moments_dropped
 
 from sandbox import checkpoint, comm, run
@@ -157,10 +158,12 @@ def supervised(
 ) -> float:
     """`run.start`, with one of the blows in each attempt while they last."""
     coming: Iterator[Blow] = iter(blows)
+    if not blows:  # nothing will hang, but a disk under load may take its time
+        config = config.model_copy(update={"run": config.run.model_copy(update={"timeout": world.TIMEOUT})})
 
-    def launch_struck(world: int, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def launch_struck(count: int, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
         assert work is run.train
-        return launch(world, train, *args, next(coming, None), **options)
+        return launch(count, train, *args, next(coming, None), **options)
 
     if restarts is None:
         restarts = len(blows) + 20 if blows else 0  # on a machine under load, a slow step may look like a hang
