@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -52,7 +53,10 @@ SMALL = 2**20
 
 
 class Board(Protocol):
-    """Where a rank writes which collective it is in, for whoever has to explain a hang."""
+    """Where a rank writes which collective it is in, for whoever has to explain a hang or a difference."""
+
+    def start(self, members: int, op: str, axis: str, whole: int) -> None:
+        """The rank starts a collective of a group, a bit for each rank; all must agree on `whole` bytes."""
 
     def enter(self, number: int, op: str, axis: str, size: int) -> None:
         """The rank waits in a collective from now on."""
@@ -108,6 +112,18 @@ class Axis:
         """For people: `dp_shard`, or `dp_replicate x dp_shard`."""
         return " x ".join(self.names)
 
+    @cached_property
+    def members(self) -> int:
+        """The ranks of the world that are in the group, a bit each; the first 256."""
+        ranks = dist.get_process_group_ranks(self.group) if self.group else ()
+        return sum(1 << rank for rank in ranks) & (2**256 - 1)
+
+    def begin(self, op: str, sent: float, whole: int = 0) -> Event:
+        """A collective starts, that all ranks of the axis start alike, of `whole` bytes if all must agree on that."""
+        if self.recorder.board and self.group is not None:
+            self.recorder.board.start(self.members, op, self.name, whole)
+        return self.recorder.launch(op, self.name, sent)
+
 
 _watchers = ThreadPoolExecutor(64, "watcher")  # of a detailed recorder's collectives; starts no thread before the first
 
@@ -146,7 +162,7 @@ def ring_bytes(whole: int, ranks: int) -> float:
 
 def all_reduce(tensor: Tensor, axis: Axis, op: str = "all_reduce") -> Pending:
     """Sum `tensor` over `axis`, in place."""
-    event = axis.recorder.launch(op, axis.name, ring_bytes(_bytes(tensor), axis.size))
+    event = axis.begin(op, ring_bytes(_bytes(tensor), axis.size), _bytes(tensor))
     if axis.size == 1:
         return Pending(axis, event, (), lambda: tensor)
     if axis.size == 2 and _bytes(tensor) <= SMALL and not tensor.is_cuda:
@@ -163,7 +179,7 @@ def reduce_scatter(flat: Tensor, sizes: Sequence[int], axis: Axis, dtype: torch.
     """
     parts = list(flat.split(list(sizes)))
     own = parts[axis.rank]
-    event = axis.recorder.launch("reduce_scatter", axis.name, _bytes(flat) - _bytes(own))
+    event = axis.begin("reduce_scatter", _bytes(flat) - _bytes(own), _bytes(flat))
     if axis.size == 1:
         return Pending(axis, event, (), lambda: own.to(dtype))
     if flat.is_cuda:
@@ -187,7 +203,7 @@ def all_gather(flat: Tensor, sizes: Sequence[int], axis: Axis) -> Pending:
     """Fill `flat` [sum(sizes)] with every rank's part, in place; this rank's own part must already lie in it."""
     parts = list(flat.split(list(sizes)))
     own = parts[axis.rank]
-    event = axis.recorder.launch("all_gather", axis.name, _bytes(own) * (axis.size - 1))
+    event = axis.begin("all_gather", _bytes(own) * (axis.size - 1), _bytes(flat))
     if axis.size == 1:
         return Pending(axis, event, (), lambda: flat)
     if flat.is_cuda:
@@ -207,7 +223,7 @@ def all_to_all(
 ) -> Pending:
     """Send each rank its part of `flat` [sum(sizes)]; fill `landing` [sum(landing_sizes)] with what each sends here."""
     outgoing, incoming = flat.split(list(sizes)), landing.split(list(landing_sizes))
-    event = axis.recorder.launch(op, axis.name, _bytes(flat) - _bytes(outgoing[axis.rank]))
+    event = axis.begin(op, _bytes(flat) - _bytes(outgoing[axis.rank]))
     if flat.is_cuda:
         work = dist.all_to_all_single(landing, flat, list(landing_sizes), list(sizes), group=axis.group, async_op=True)
         return Pending(axis, event, (_work(work),), lambda: landing)
@@ -217,7 +233,7 @@ def all_to_all(
 
 def pass_on(tensor: Tensor, landing: Tensor, axis: Axis) -> Pending:
     """Send `tensor` to the next rank of `axis`, the last to the first; fill `landing` with what the previous sends."""
-    event = axis.recorder.launch("send", axis.name, _bytes(tensor))
+    event = axis.begin("send", _bytes(tensor))
     target, source = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
     if tensor.is_cuda:  # as one operation, or each of two ranks could wait for the other to receive
         give = dist.P2POp(dist.isend, tensor, group=axis.group, group_peer=target)

@@ -111,6 +111,10 @@ class _Waits:
     timeline: Timeline
     board: Board | None
 
+    def start(self, members: int, op: str, axis: str, whole: int) -> None:
+        if self.board:
+            self.board.start(members, op, axis, whole)
+
     def enter(self, number: int, op: str, axis: str, sent: int) -> None:
         self.timeline.begin("")
         if self.board:

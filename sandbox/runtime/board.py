@@ -2,6 +2,8 @@
 
 A rank that hangs inside a collective answers no question. So it notes each collective as it enters and leaves it,
 in a file that its launcher maps as well. A note costs about 1 us, of which nothing is a system call.
+
+It also notes which collectives it starts, by group of ranks: those must start the same in the same order (`desync`).
 """
 
 import mmap
@@ -11,11 +13,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Self
+from zlib import crc32
 
-__all__ = ["Board", "Entry", "ranks", "size_of", "stalled"]
+__all__ = ["Board", "Entry", "Start", "ranks", "size_of", "stalled"]
 
 _RECORD = struct.Struct("=ddqq32s32s")  # entered, left, number, size, op, axis
 _LEFT = struct.Struct("=d")
+_START = struct.Struct("=qI32s32s32sq")  # count, chain, members, op, axis, whole
+
+KEPT = 512
+"""Collectives of each rank that the board remembers."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +58,40 @@ class Entry:
         return f"waiting for {ago} in {self.name}" if self.waiting else f"finished {self.name}, {ago} ago"
 
 
+@dataclass(frozen=True)
+class Start:
+    """A collective that a rank has started: the `count`-th one of the group `members`, a bit for each rank.
+
+    `whole` is what all of them must agree on, in bytes, or 0. `chain` stands for this one and all before it.
+    """
+
+    count: int
+    chain: int
+    members: int
+    op: str
+    axis: str
+    whole: int
+
+    @property
+    def name(self) -> str:
+        """Op and size: `all_reduce of 4096 bytes`."""
+        return f"{self.op} of {self.whole} bytes" if self.whole else self.op
+
+
 class Board:
     """One rank's line on the board. `memory` holds the lines of all ranks."""
 
     def __init__(self, memory: mmap.mmap, rank: int) -> None:
         self._memory = memory
-        self._offset = rank * _RECORD.size
+        self._offset = rank * size_of(1)
+        self._starts = self._offset + _RECORD.size
+        self._started = 0
+        self._chains: dict[int, tuple[int, int]] = {}
 
     @classmethod
     def private(cls) -> Self:
         """A board that no other process reads."""
-        return cls(mmap.mmap(-1, _RECORD.size), 0)
+        return cls(mmap.mmap(-1, size_of(1)), 0)
 
     def enter(self, number: int, op: str, axis: str, size: int) -> None:
         """Note that the rank enters its `number`-th collective, of `size` bytes. Names are cut after 32 bytes."""
@@ -71,15 +101,38 @@ class Board:
         """Note that the rank has left the collective that it entered last."""
         _LEFT.pack_into(self._memory, self._offset + _LEFT.size, time.monotonic())
 
+    def start(self, members: int, op: str, axis: str, whole: int) -> None:
+        """Note that the rank starts a collective of the group `members`, as in `Start`."""
+        count, chain = self._chains.get(members, (0, 0))
+        count, chain = count + 1, crc32(f"{op} {axis} {whole}".encode(), chain)
+        self._chains[members] = count, chain
+        place = self._starts + self._started % KEPT * _START.size
+        bits = members.to_bytes(32, "little")
+        _START.pack_into(self._memory, place, count, chain, bits, op.encode(), axis.encode(), whole)
+        self._started += 1
+
+    def starts(self) -> list[Start]:
+        """The collectives that the rank has started last, in no order."""
+        end = self._starts + KEPT * _START.size
+        found = []
+        for count, chain, members, op, axis, whole in _START.iter_unpack(self._memory[self._starts : end]):
+            if count:
+                found.append(Start(count, chain, int.from_bytes(members, "little"), _text(op), _text(axis), whole))
+        return found
+
     def read(self) -> Entry:
         """The rank's last collective."""
         entered, left, number, size, op, axis = _RECORD.unpack_from(self._memory, self._offset)
-        return Entry(entered, left, number, size, *(name.rstrip(b"\0").decode(errors="replace") for name in (op, axis)))
+        return Entry(entered, left, number, size, _text(op), _text(axis))
+
+
+def _text(name: bytes) -> str:
+    return name.rstrip(b"\0").decode(errors="replace")
 
 
 def size_of(world: int) -> int:
     """Bytes of the memory of a board for `world` ranks."""
-    return world * _RECORD.size
+    return world * (_RECORD.size + KEPT * _START.size)
 
 
 def stalled(entries: Sequence[Entry], *, returned: Set[int], places: Mapping[int, str], timeout: float) -> str:

@@ -69,8 +69,8 @@ class Failure:
         return f"{self.summary}\n{self.details}" if self.details else self.summary
 
 
-def verdict(failures: Collection[Failure]) -> SandboxError:
-    """The error to raise for these failures of one world, at least one: the cause's text, then who failed with it."""
+def verdict(failures: Collection[Failure], also: str = "") -> SandboxError:
+    """The error to raise for these failures of one world, at least one: the cause's text, who failed too, `also`."""
     cause, *others = sorted(failures, key=lambda failure: (failure.echo, failure.moment))
     if cause.error:
         return cause.error
@@ -81,7 +81,7 @@ def verdict(failures: Collection[Failure]) -> SandboxError:
         text += f"\nAlso failed on {'its' if len(rest) == 1 else 'their'} own: {ranks(rest)}."
     if echoes:
         text += f"\nFailed as a consequence: {ranks(echoes)}."
-    return WorkerError(text, cause.moment)
+    return WorkerError(f"{text}\n{also}" if also else text, cause.moment)
 
 
 def _travels(error: SandboxError) -> bool:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from mmap import mmap
@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from sandbox.errors import MeshError, WorkerError
 from sandbox.runtime.board import Board, size_of, stalled
+from sandbox.runtime.desync import desync, uneven
 from sandbox.runtime.failure import Failure, verdict
 from sandbox.runtime.server import MOST_RANKS, Request, Started, stack_file
 
@@ -30,6 +31,7 @@ __all__ = ["launch", "warm"]
 
 T = TypeVar("T")
 
+_LOOK = 1.0  # s between looks at whether the ranks start the same collectives: each costs about 1 ms a rank
 _GRACE = 0.3  # s after the first failure in which others are heard: the cause may be the second
 _FRAME = re.compile(r'File "(.+)", line (\d+) in (\S+)')  # as faulthandler writes it
 _FORKABLE = {
@@ -203,7 +205,7 @@ def _collect(ranks: _Ranks, timeout: float, on_message: Callable[[int, Any], Non
     world = len(ranks.boards)
     results: dict[int, Any] = {}
     failures: dict[int, Failure] = {}
-    heard = time.monotonic()
+    heard = looked = time.monotonic()
     while len(results) + len(failures) < world:
         if failures:
             end = min(failure.moment for failure in failures.values()) + _GRACE
@@ -219,10 +221,29 @@ def _collect(ranks: _Ranks, timeout: float, on_message: Callable[[int, Any], Non
                 results[rank] = value
             elif rank not in results:
                 failures.setdefault(rank, value)
+        if not failures:
+            looked = _look(ranks, looked)
     if failures:
-        raise verdict(failures.values())
+        raise verdict(failures.values(), desync(ranks.boards))
     if len(results) < world:
-        entries = [board.read() for board in ranks.boards]
-        text = stalled(entries, returned=results.keys(), places=ranks.places(), timeout=timeout)
-        raise WorkerError(text, end - timeout)
+        raise WorkerError(_hang(ranks, results.keys(), timeout), end - timeout)
+    if found := desync(ranks.boards) or uneven(ranks.boards):
+        raise WorkerError(found, heard)
     return [results[rank] for rank in range(world)]
+
+
+def _look(ranks: _Ranks, last: float) -> float:
+    """See that the ranks start the same collectives, if the `last` look is long ago -> when that was done last."""
+    now = time.monotonic()
+    if now - last < _LOOK:
+        return last
+    if found := desync(ranks.boards):
+        raise WorkerError(found, now)
+    return now
+
+
+def _hang(ranks: _Ranks, returned: Set[int], timeout: float) -> str:
+    entries = [board.read() for board in ranks.boards]
+    text = stalled(entries, returned=returned, places=ranks.places(), timeout=timeout)
+    odd = desync(ranks.boards) or uneven(ranks.boards)
+    return f"{text}\n{odd}" if odd else text

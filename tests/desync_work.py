@@ -1,0 +1,70 @@
+"""Ranks that do not call the same collectives. Each does what is said, on rank 1 only."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import world
+
+from sandbox.comm import Axis, Recorder, all_gather, all_reduce
+from sandbox.runtime import Member
+from sandbox.trainer import Trainer
+
+
+def axis_of(member: Member) -> Axis:
+    return world.axis_of(member, Recorder(board=member.board))
+
+
+def in_order(member: Member, sabotage: Callable[[Member, Axis, int], None], rounds: int = 3) -> None:
+    """Sum two numbers in each round; in the second, rank 1 does something else."""
+    axis = axis_of(member)
+    for number in range(rounds):
+        if number == 1 and member.rank == 1:
+            sabotage(member, axis, number)
+            continue
+        for op in ("loss", "norm"):
+            all_reduce(torch.ones(2), axis, op).wait()
+
+
+def swap(member: Member, axis: Axis, number: int) -> None:
+    """The same sizes, so that nothing hangs: one sum becomes the other."""
+    for op in ("norm", "loss"):
+        all_reduce(torch.ones(2), axis, op).wait()
+
+
+def skip(member: Member, axis: Axis, number: int) -> None:
+    all_reduce(torch.ones(2), axis, "loss").wait()
+
+
+def call_another(member: Member, axis: Axis, number: int) -> None:
+    all_reduce(torch.ones(2), axis, "loss").wait()
+    all_gather(torch.ones(axis.size), [1] * axis.size, axis).wait()
+
+
+def resize(member: Member, axis: Axis, number: int) -> None:
+    all_reduce(torch.ones(2), axis, "loss").wait()
+    all_reduce(torch.ones(1), axis, "norm").wait()
+
+
+def unmatched(member: Member) -> None:
+    """Rank 0 starts a collective that it does not wait for, and nobody else does."""
+    axis = axis_of(member)
+    all_reduce(torch.ones(2), axis).wait()
+    if member.rank == 0:
+        all_reduce(torch.ones(2), axis)
+
+
+# In a training that is verified
+
+
+def other_first(trainer: Trainer) -> None:
+    """Rank 1 sums the norm of its gradient once more than the others do."""
+    if trainer.mesh.rank != 1:
+        return
+    update = trainer.update
+
+    def twice(*args: Any) -> torch.Tensor:
+        all_reduce(torch.zeros((), dtype=torch.float64), trainer.mesh.everyone, "norm")
+        return update(*args)
+
+    trainer.update = twice  # type: ignore[method-assign]
