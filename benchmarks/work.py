@@ -98,3 +98,48 @@ def trainer_and_loop(member: Member, batch: int, rounds: int) -> list[list[float
         return loss.item()
 
     return take_turns([trainer.train_step, by_hand], rounds)
+
+
+def noted_and_not(
+    member: Member, strategy: str, batch: int, rounds: int
+) -> tuple[list[float], list[float], float, int]:
+    """Processor time of this rank's steps that note on the board which collectives start, and of those that do not.
+
+    And of one note by itself, and how many there are in a step.
+    """
+    import torch
+
+    from sandbox.comm import Recorder
+    from sandbox.config import Config
+    from sandbox.data import Corpus
+    from sandbox.mesh import Mesh
+    from sandbox.trainer import Trainer
+
+    dp = {"degree": member.world, "strategy": strategy}
+    config = Config.model_validate({"mesh": {"dp": dp}, "model": MODEL, "data": DATA, "train": {"batch": batch}})
+    recorder = Recorder(board=member.board)
+    mesh = Mesh(config.mesh.degrees, member.rank, member.device, recorder)
+    trainer = Trainer(config, mesh, torch.device(member.device), Corpus.load(config.data))
+    start, board = member.board.start, type(member.board)
+    note = board.start
+    count, times = 0, ([], [])  # type: tuple[list[float], list[float]]
+
+    def counted(self: object, *args: object) -> None:
+        nonlocal count
+        count += 1
+
+    for round_ in range(2 * rounds + 6):
+        kind = (round_ + round_ // 2) % 2  # in turn, and each as often first
+        if kind:
+            count, board.start = 0, counted  # type: ignore[method-assign]
+        else:
+            board.start = note  # type: ignore[method-assign]
+        begun = time.process_time()
+        trainer.train_step()
+        if round_ >= 6:
+            times[kind].append(time.process_time() - begun)
+    board.start = note  # type: ignore[method-assign]
+    begun = time.process_time()
+    for _ in range(10_000):
+        start(3, "all_gather", "dp_shard", 4096)
+    return *times, (time.process_time() - begun) / 10_000, count
