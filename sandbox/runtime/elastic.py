@@ -44,9 +44,7 @@ def attach(
     Raises WorkerError: the work failed, or a collective did. SandboxErrors are raised as they are.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with(
-            os.getppid()
-        )  # torchrun's agent, if killed, would leave us behind, and other nodes waiting for minutes
+        end_with(os.getppid())  # or a killed agent leaves us behind, and other nodes waiting for minutes
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if started() != world:
         raise MeshError(
