@@ -43,8 +43,8 @@ def test_a_resumed_training_goes_on_to_the_bit(tmp_path: Path, layout: str, opti
     undisturbed = launch(config.mesh.world, work.straight_on, config, tmp_path, 2, timeout=world.TIMEOUT)
     resumed = launch(config.mesh.world, work.resume, config, tmp_path, timeout=world.TIMEOUT)
     assert [step for step, *_ in undisturbed[0][0]] == [3, 4]
-    # Ranks of tp that hold the same keys' weights have them in other places of ZeRO's flat tensors, where the optimizer's
-    # loop over vectors rounds otherwise than its tail. They drift by a unit in the last place; the first one's is saved.
+    # Ranks of tp that hold the same keys have them in other places of ZeRO's flat tensors, where the optimizer's loop
+    # over vectors rounds otherwise than its tail. They drift by a unit in the last place; the first one's is saved.
     bound = world.EXACT if layout == "tp 3 in zero2 x 2" else 0
     torch.testing.assert_close(resumed, undisturbed, rtol=bound, atol=bound)
 
