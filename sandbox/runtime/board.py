@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Self
 from zlib import crc32
 
-__all__ = ["Board", "Entry", "Start", "ranks", "size_of", "stalled"]
+__all__ = ["KEPT", "Board", "Entry", "Start", "ranks", "size_of", "stalled"]
 
 _RECORD = struct.Struct("=ddqq32s32s")  # entered, left, number, size, op, axis
 _LEFT = struct.Struct("=d")
