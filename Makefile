@@ -10,7 +10,7 @@ SHORT := --set train.steps=60
 RUNS := unsharded ddp zero2 fsdp
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint unit parity engines thorough bench picture pictures docker clean
+.PHONY: help demo test lint unit parity compositions engines thorough bench picture pictures docker clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +23,7 @@ demo: .venv/.installed  ## Train unsharded, DDP, ZeRO-2 and FSDP, verify every c
 	$(SANDBOX) verify configs/*.yaml --json runs/verdicts.json
 	$(SANDBOX) report $(RUNS:%=runs/%) runs/verdicts.json --reference runs/unsharded --out runs/report.html
 
-test: lint unit parity engines  ## Lint, types, import contracts, and all tests in random order
+test: lint unit parity  ## Lint, types, import contracts, and every strategy of native and torch by itself
 
 lint: .venv/.installed  ## ruff, mypy, import contracts
 	$(BIN)/ruff check
@@ -34,14 +34,17 @@ lint: .venv/.installed  ## ruff, mypy, import contracts
 unit: .venv/.installed  ## Tests of one process
 	$(BIN)/pytest -m unit
 
-parity: .venv/.installed  ## Tests of several processes: every strategy of native and torch by itself, and all around it
-	$(BIN)/pytest -m "parity and not engines and not thorough"
+parity: .venv/.installed  ## Tests of several processes, but for those below
+	$(BIN)/pytest -m "parity and not compositions and not engines and not thorough"
 
-engines: .venv/.installed  ## The same for FairScale, Accelerate and DeepSpeed; five minutes
-	$(BIN)/pytest -m "engines and not thorough"
+compositions: .venv/.installed  ## Plans of two to five axes, on up to 32 ranks; five minutes
+	$(BIN)/pytest -m "compositions and not engines"
 
-thorough: .venv/.installed  ## Compositions, corners of each strategy, plans drawn at random; a quarter of an hour
-	$(BIN)/pytest -m "parity and thorough"
+engines: .venv/.installed  ## FairScale, Accelerate and DeepSpeed; five minutes
+	$(BIN)/pytest -m engines
+
+thorough: .venv/.installed  ## Corners of each strategy, plans and faults drawn at random; half an hour
+	$(BIN)/pytest -m "parity and thorough and not engines"
 
 bench: .venv/.installed  ## Step time against torch's own implementations, and bubbles against theory
 	$(BIN)/python benchmarks/step_time.py

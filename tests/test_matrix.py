@@ -20,7 +20,7 @@ def name(case: Case) -> str:
 
 def marked(case: Case) -> Any:
     engines = [pytest.mark.engines] if required(case.config.engine) else []
-    composed = [pytest.mark.thorough] if len(plan(case.config)) > 1 and case.config.mesh.world > 3 else []
+    composed = [pytest.mark.compositions] if len(plan(case.config)) > 1 and case.config.mesh.world > 3 else []
     return pytest.param(case, id=name(case), marks=engines + composed)
 
 
