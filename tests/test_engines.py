@@ -11,7 +11,7 @@ from sandbox.plan import engines, find, preload, required, strategies
 from sandbox.runtime import launch, warm
 from sandbox.trainer import Trainer
 from sandbox.verify import Case
-from sandbox.verify.cases import alone
+from sandbox.verify.cases import EVEN, alone
 
 CELLS = [(engine, name) for engine in engines() if required(engine) for name in strategies(engine)]
 
@@ -26,7 +26,7 @@ def alone_in_one_process(key: str) -> object:
 @pytest.mark.parametrize(("engine", "name"), CELLS)
 def test_what_is_reported_and_validated_is_that_of_the_unsharded_run(engine: str, name: str) -> None:
     warm(*preload(engine))
-    config = alone(engine, name, 2, "").config
+    config = alone(engine, name, 2, "", model=EVEN).config
     key = config.model_copy(update={"name": "", "mesh": config.reference().mesh, "engine": "native"}).model_dump_json()
     steps, validation = alone_in_one_process(key)  # type: ignore[misc]
     for found, valid in launch(2, world.steps_and_validation, config, timeout=world.TIMEOUT):
