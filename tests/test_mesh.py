@@ -64,7 +64,7 @@ def test_a_mesh_on_paper_needs_no_processes() -> None:
         mesh.submesh("dp_shard")
 
 
-DEGREES_8 = {"pp": 1, "dp_replicate": 2, "dp_shard": 2, "cp": 1, "tp": 2}
+DEGREES_8 = {"pp": 1, "dp_replicate": 2, "dp_shard": 2, "ep": 1, "cp": 1, "tp": 2}
 AXES_8 = [
     ("dp_replicate",),
     ("dp_shard",),

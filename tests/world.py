@@ -183,7 +183,7 @@ def places(member: Member, degrees: dict[str, int], axes: Sequence[tuple[str, ..
     found = []
     for names in axes:
         axis = mesh.axis(*names)
-        wide = [name for name in names if degrees.get(name, 1) > 1]
+        wide = [name for name in names if degrees[name] > 1]
         by_torch = [mesh.device_mesh.get_local_rank(name) for name in wide]
         members = dist.get_process_group_ranks(axis.group) if axis.group else [member.rank]
         flat = torch.zeros(axis.size)

@@ -79,6 +79,11 @@ class Options(Base):
 
 def check(config: Config, options: Options) -> None:
     """Refuse what torch's schedules refuse, and more stages than there are parts."""
+    if config.model.experts:
+        raise ConfigError(
+            "model.experts: torch's schedules take the loss of the last stage alone, and experts add theirs on every "
+            "stage. Use engine native."
+        )
     name, each, degree = options.schedule, _each(options), config.mesh.pp.degree
     count, layers = config.train.microbatches, config.model.layers
     if options.stages not in (None, each):

@@ -60,6 +60,8 @@ class Options(Base):
 def check(config: Config, options: Options) -> None:
     """Refuse what DTensors cannot be cut into."""
     degree, model = config.mesh.tp.degree, config.model
+    if model.experts:
+        raise ConfigError("model.experts: engine torch has no plan that cuts experts over tp. Use engine native.")
     equal = {"model.heads": model.heads, "model.kv_heads": model.groups}
     if options.sequence:
         equal["data.sequence"] = config.data.sequence
