@@ -98,11 +98,11 @@ def _memory(axes: "Axes", cases: Sequence[Verdict]) -> None:
     axes.set_xlabel("MiB", color=QUIET)
     axes.legend(
         loc="lower left",
-        bbox_to_anchor=(-0.01, 1.0),
+        bbox_to_anchor=(-0.06, 1.0),
         ncols=5,
         frameon=False,
         handletextpad=0.4,
-        columnspacing=1.1,
+        columnspacing=0.7,
         handlelength=1.1,
         borderpad=0.2,
     )
