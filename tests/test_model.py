@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from batches import make
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -37,22 +38,6 @@ def ready(config: Model, dtype: torch.dtype = torch.float64, seed: int = 0) -> T
         for name, parameter in model.named_parameters():
             parameter.copy_(initial(name, config, seed, parameter.dtype))
     return model
-
-
-def make(*rows: list[int], key: int = 5) -> Batch:
-    """A batch of rows, each given by the lengths of its documents; what remains of the longest row is padding."""
-    size = max(map(sum, rows))
-    positions, documents = torch.zeros(len(rows), size).long(), torch.full((len(rows), size), -1)
-    for row, lengths in enumerate(rows):
-        at = 0
-        for document, length in enumerate(lengths):
-            positions[row, at : at + length] = torch.arange(length)
-            documents[row, at : at + length] = document
-            at += length
-    draw = torch.Generator().manual_seed(3)
-    tokens = torch.randint(11, (len(rows), size), generator=draw)
-    targets = torch.randint(11, (len(rows), size), generator=draw).masked_fill(documents < 0, IGNORED)
-    return Batch(tokens, targets, positions, documents, torch.arange(len(rows)), torch.arange(size), key)
 
 
 PLAIN, PACKED, PADDED = make([7], [7]), make([3, 4], [7], [1, 1, 5]), make([7], [4], [2, 3])

@@ -1,13 +1,13 @@
 """Context parallelism: its arithmetic against plain attention in one process, then worlds against the unsharded run."""
 
 import importlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import world
+from batches import make
 from torch import Tensor
 
 from sandbox import blockwise
@@ -27,20 +27,6 @@ context = importlib.import_module("sandbox.strategies.context")
 
 UNIT, PARITY = pytest.mark.unit, pytest.mark.parity
 ORDERS = ("zigzag", "contiguous")
-
-
-def make(*rows: Sequence[int]) -> Batch:
-    """A batch of rows, each given by the lengths of its documents; what remains of the longest row is padding."""
-    size = max(map(sum, rows))
-    positions, documents = torch.zeros(len(rows), size).long(), torch.full((len(rows), size), -1)
-    for row, lengths in enumerate(rows):
-        at = 0
-        for document, length in enumerate(lengths):
-            positions[row, at : at + length] = torch.arange(length)
-            documents[row, at : at + length] = document
-            at += length
-    empty = torch.zeros_like(positions)
-    return Batch(empty, empty, positions, documents, torch.arange(len(rows)), torch.arange(size), 5)
 
 
 BATCHES = {
