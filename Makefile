@@ -6,6 +6,9 @@ PYTHON := $(or $(shell for name in python3 python3.13 python3.12 python3.11 pyth
 	$$name $(NEW_ENOUGH) 2>/dev/null && echo $$name && break; done),python3)
 BIN := .venv/bin
 SANDBOX := $(BIN)/sandbox
+# Two at a time fill two cores: a test of several processes waits half of its time. Another number: make test JOBS=4
+JOBS := 2
+PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal
 SHORT := --set train.steps=60
 RUNS := unsharded ddp zero2 fsdp
 
@@ -32,19 +35,19 @@ lint: .venv/.installed  ## ruff, mypy, import contracts
 	$(BIN)/lint-imports
 
 unit: .venv/.installed  ## Tests of one process
-	$(BIN)/pytest -m unit
+	$(PYTEST) -m unit
 
 parity: .venv/.installed  ## Tests of several processes, but for those below
-	$(BIN)/pytest -m "parity and not compositions and not engines and not thorough"
+	$(PYTEST) -m "parity and not compositions and not engines and not thorough"
 
 compositions: .venv/.installed  ## Plans of two to five axes, on up to 32 ranks; five minutes
-	$(BIN)/pytest -m "compositions and not engines"
+	$(PYTEST) -m "compositions and not engines"
 
 engines: .venv/.installed  ## FairScale, Accelerate and DeepSpeed; five minutes
-	$(BIN)/pytest -m engines
+	$(PYTEST) -m engines
 
 thorough: .venv/.installed  ## Corners of each strategy, plans and faults drawn at random; half an hour
-	$(BIN)/pytest -m "parity and thorough and not engines"
+	$(PYTEST) -m "parity and thorough and not engines"
 
 bench: .venv/.installed  ## Step time against torch's own implementations, and bubbles against theory
 	$(BIN)/python benchmarks/step_time.py
