@@ -10,7 +10,7 @@ SANDBOX := $(BIN)/sandbox
 JOBS := 2
 PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal
 SHORT := --set train.steps=60
-RUNS := unsharded ddp zero2 fsdp
+RUNS := unsharded ddp zero1 zero2 zero3 fsdp
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint unit parity compositions engines thorough bench picture pictures docker clean
@@ -18,11 +18,8 @@ RUNS := unsharded ddp zero2 fsdp
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: .venv/.installed  ## Train unsharded, DDP, ZeRO-2 and FSDP, verify every config, draw runs/report.html
-	$(SANDBOX) run configs/unsharded.yaml $(SHORT)
-	$(SANDBOX) run configs/ddp.yaml $(SHORT)
-	$(SANDBOX) run configs/zero2.yaml $(SHORT)
-	$(SANDBOX) run configs/fsdp.yaml $(SHORT)
+demo: .venv/.installed  ## Train unsharded, DDP, ZeRO 1 to 3 and FSDP, verify every config, draw runs/report.html
+	set -e; for name in $(RUNS); do $(SANDBOX) run configs/$$name.yaml $(SHORT); done
 	$(SANDBOX) verify configs/*.yaml --json runs/verdicts.json
 	$(SANDBOX) report $(RUNS:%=runs/%) runs/verdicts.json --reference runs/unsharded --out runs/report.html
 

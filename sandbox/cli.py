@@ -143,9 +143,9 @@ def list_() -> None:
     console.print(table)
     for engine in engines():
         for name in (name for name in names if name not in strategies(engine)):
-            console.print(f"- {engine} {name}: {unsupported(engine).get(name, 'not written yet.')}")
+            console.print(f"- {engine} {name}: {unsupported(engine).get(name, 'not written yet.')}", markup=False)
     for engine in engines():
-        console.print(f"{engine}: {_version(engine)}")
+        console.print(f"{engine}: {_version(engine)}", markup=False)
 
 
 @app.command()

@@ -95,6 +95,9 @@ def start(
         if how.min_ranks is not None and started() >= how.min_ranks:
             config = resized(config, started())
     plan(config)
+    device = device_of(config)
+    if not attached():
+        Corpus.load(config.data, config.model.vocab)  # a text that no rank could read is told before ranks start
     kept, notes = folder / "checkpoints", []
     found = checkpoint.latest(kept) if resume else checkpoint.newest(kept) if autoresume else None
     if found:
@@ -109,7 +112,7 @@ def start(
         options: dict[str, Any] = {"timeout": config.run.timeout, "on_message": log.take}
         if attached():
             again = resume or autoresume
-            return attach(config.mesh.world, train, config, folder, again, device=device_of(config), **options)
+            return attach(config.mesh.world, train, config, folder, again, device=device, **options)
 
         def attempt(config: Config) -> float:
             again = resume or autoresume or log.faults > 0
@@ -119,11 +122,17 @@ def start(
 
 
 def device_of(config: Config) -> str:
-    """`cuda` where the config asks for it, or leaves the choice and each rank on this machine has a GPU; else `cpu`."""
-    if config.run.device != "auto":
-        return config.run.device
-    wanted = 1 if attached() else config.mesh.world
-    return "cuda" if torch.cuda.device_count() >= wanted else "cpu"
+    """`cuda` where the config asks for it, or leaves the choice and each rank on this machine has a GPU; else `cpu`.
+
+    Raises ConfigError: it asks for GPUs that are not there.
+    """
+    wanted, there = 1 if attached() else config.mesh.world, torch.cuda.device_count()
+    if config.run.device == "cuda" and there < wanted:
+        raise ConfigError(
+            f"run.device: cuda needs a GPU for each rank, {wanted} here, and this machine has {there}. "
+            "Set run.device: auto."
+        )
+    return "cuda" if config.run.device != "cpu" and there >= wanted else "cpu"
 
 
 class Log:

@@ -94,6 +94,14 @@ def config(tmp_path: Path) -> Path:
         ),
         (("run", "small.yaml", "--set", "engine=torhc"), "'torhc' is not an engine. Did you mean torch?"),
         (("run", "small.yaml", "--set", "engine=torch"), "engine torch cannot run zero2: "),
+        (("run", "small.yaml", "--set", "data.files=[nowhere.txt]"), "data.files: nowhere.txt cannot be read"),
+        (("run", "small.yaml", "--set", "model.vocab=100"), "Set model.vocab: 257."),
+        (("run", "small.yaml", "--set", "data.sequence=9999999"), "data.sequence 9999999"),
+        (("run", "small.yaml", "--set", "run.device=cuda"), "run.device: cuda needs a GPU for each rank, 2 here, and"),
+        (
+            ("run", "small.yaml", "--set", "mesh.dp.degree=999", "--set", "train.batch=999"),
+            "mesh: 999 ranks, and one machine takes 1 to 240. Lower a degree",
+        ),
         (
             ("run", "small.yaml", "--resume"),
             "runs/small/checkpoints: holds no checkpoint. Train with run.checkpoint_every: N first.",
@@ -318,11 +326,14 @@ def test_a_folder_belongs_to_one_run(sandbox: Run, config: Path) -> None:
 
 
 @parity
-def test_a_data_file_that_is_absent_is_named(sandbox: Run, config: Path, tmp_path: Path) -> None:
-    answer = sandbox("run", config, "--set", "data.files=[nowhere.txt]")
-    assert (answer.code, answer.out) == (2, "")
-    assert "data.files: nowhere.txt cannot be read (No such file or directory). Correct" in answer.err
-    assert not (tmp_path / "runs").exists()
+@pytest.mark.parametrize("lr", [0.01, 1e-9])
+def test_the_model_learns_more_than_counting_tokens_would(sandbox: Run, config: Path, tmp_path: Path, lr: float) -> None:
+    settings = {"model.width": 64, "data.sequence": 64, "train.batch": 16, "train.steps": 80, "train.eval_every": 0}
+    small = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    assert sandbox("run", config, *small, "--set", f"train.lr={lr}").code == 0
+    head, *_, last = lines(tmp_path / "runs" / "small")
+    learnt = last["validation_loss"] < 0.9 * head["run"]["unigram_entropy"]
+    assert learnt == (lr == 0.01)
 
 
 @parity

@@ -136,6 +136,18 @@ def test_the_cause_stands_on_top_though_the_others_failed_first() -> None:
 
 
 @parity
+@pytest.mark.parametrize("how", [work.raise_alone, work.kill_self])
+def test_two_seconds_after_a_failure_no_rank_is_left(how: Callable[[], None]) -> None:
+    took = []
+    for _ in range(3):  # the machine may be busy for a moment; the quickest tells what the launcher needs
+        with pytest.raises(WorkerError) as caught:
+            launch(4, work.die, how, timeout=60)
+        assert caught.value.moment is not None
+        took.append(time.monotonic() - caught.value.moment)
+    assert min(took) < 2
+
+
+@parity
 def test_ranks_that_fail_alike_are_counted_together() -> None:
     with pytest.raises(WorkerError, match=r"(?s)\Arank \d failed: ValueError: the same\n.*Also failed on their own: "):
         launch(3, work.fail_alike, timeout=20)
