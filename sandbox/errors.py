@@ -1,5 +1,10 @@
 """What can go wrong, as types. A user's error never shows a traceback: the command line prints its text."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sandbox.verdict import Verdict
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -37,7 +42,11 @@ class CheckpointError(ConfigError):
 
 
 class ParityError(SandboxError, AssertionError):
-    """A sharded run and its reference differ."""
+    """A sharded run and its reference differ: `verdict` says where, if a run was made at all."""
+
+    def __init__(self, text: str, verdict: "Verdict | None" = None) -> None:
+        super().__init__(text)
+        self.verdict = verdict
 
 
 class TrainingError(SandboxError):

@@ -140,14 +140,20 @@ def llama(**options: Any) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**(sizes | heads | {"use_cache": False} | options)))
 
 
-def text(rows: int = 7) -> dict[str, Tensor]:
+def text(rows: int = 7, columns: int = 12) -> dict[str, Tensor]:
     """Rows with other numbers of targets; one has none."""
     torch.manual_seed(2)
-    tokens = torch.randint(38, (rows, 12))
-    hidden = torch.rand(rows, 12) < torch.linspace(0, 1, rows)[:, None]
+    tokens = torch.randint(38, (rows, columns))
+    hidden = torch.rand(rows, columns) < torch.linspace(0, 1, rows)[:, None]
     return {"input_ids": tokens, "labels": tokens.roll(-1, 1).masked_fill(hidden, -100)}
 
 
-def predict_next(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-    scores, targets = model(input_ids=batch["input_ids"]).logits, batch["labels"]
+def predict_next(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> tuple[Tensor, int]:
+    scores, targets = model(input_ids=batch["input_ids"], **options).logits, batch["labels"]
     return F.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="sum"), int((targets != -100).sum())
+
+
+def predict_next_at(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """With positions, for a model that sees a part of the columns would number them anew."""
+    rows, columns = batch["input_ids"].shape
+    return predict_next(model, batch, position_ids=torch.arange(columns).expand(rows, -1))

@@ -327,7 +327,9 @@ def test_a_folder_belongs_to_one_run(sandbox: Run, config: Path) -> None:
 
 @parity
 @pytest.mark.parametrize("lr", [0.01, 1e-9])
-def test_the_model_learns_more_than_counting_tokens_would(sandbox: Run, config: Path, tmp_path: Path, lr: float) -> None:
+def test_the_model_learns_more_than_counting_tokens_would(
+    sandbox: Run, config: Path, tmp_path: Path, lr: float
+) -> None:
     settings = {"model.width": 64, "data.sequence": 64, "train.batch": 16, "train.steps": 80, "train.eval_every": 0}
     small = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     assert sandbox("run", config, *small, "--set", f"train.lr={lr}").code == 0

@@ -2,7 +2,12 @@
 
 import functools
 import importlib.util
+import os
 import re
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import own_models as own
@@ -29,6 +34,18 @@ LLAMA = {
     "*.down_proj": "row",
 }
 ENDS = {"model.embed_tokens": "words", "lm_head": "column, gathered"}
+SEQUENCE = {
+    "model.embed_tokens": "words, sequence",
+    "*layernorm": "shared",
+    "model.norm": "shared",
+    "*.self_attn": "whole sequence",
+    "*.[qkv]_proj": "column",
+    "*.o_proj": "row, sequence",
+    "*.gate_proj": "column, sequence",
+    "*.up_proj": "column, sequence",
+    "*.down_proj": "row, sequence",
+    "lm_head": "column, sequence, gathered",
+}
 
 
 @pytest.mark.parity
@@ -81,6 +98,20 @@ def test_hugging_faces_llama_keeps_its_gradients(engine: str, plan: str) -> None
 def test_hugging_faces_llama_keeps_its_gradients_under_tensor_parallelism(plan: dict[str, Any], tied: bool) -> None:
     build = functools.partial(own.llama, tie_word_embeddings=tied, attention_bias=True, mlp_bias=True)
     assert_parity(build, own.predict_next, own.text(), plan=plan, modules=LLAMA | ENDS)
+
+
+@pytest.mark.parity
+@NEEDS_TRANSFORMERS
+@pytest.mark.parametrize(
+    "plan", [{"tp": {"degree": 2}}, {"tp": {"degree": 2}, "dp": {"degree": 2, "strategy": "fsdp"}}]
+)
+def test_hugging_faces_llama_keeps_its_gradients_under_sequence_parallelism(plan: dict[str, Any]) -> None:
+    build = functools.partial(own.llama, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
+    uneven = own.text(columns=11)
+    assert_parity(build, own.predict_next_at, uneven, plan=plan, modules=SEQUENCE)
+    forgot = {name: kind for name, kind in SEQUENCE.items() if name != "model.norm"}
+    with pytest.raises(ParityError, match=r"reduction: .*model\.norm\.weight"):
+        assert_parity(build, own.predict_next_at, uneven, plan=plan, modules=forgot)
 
 
 @pytest.mark.parity
@@ -166,3 +197,38 @@ def test_what_does_not_fit_the_model_is_named(changes: dict[str, Any], said: str
     arguments = {"build_model": own.Vision, "loss_fn": own.classify, "batch": own.pictures()} | changes
     with pytest.raises(SandboxError, match=re.escape(said)):
         assert_parity(**arguments)
+
+
+MINE = """
+import own_models as own
+import pytest
+
+@pytest.mark.parametrize("loss", [own.classify, own.for_each_rank])
+def test_mine(assert_parity, loss):
+    assert_parity(own.Vision, loss, own.pictures())
+"""
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("spread", [(), ("-n", "1")])
+def test_a_session_of_pytest_ends_with_a_page_about_all_that_it_held_together(
+    tmp_path: Path, spread: tuple[str, ...]
+) -> None:
+    (tmp_path / "test_mine.py").write_text(MINE)
+    plugins = [] if _plugged() else ["-p", "sandbox.pytest_plugin"]
+    command = [sys.executable, "-m", "pytest", "-q", "test_mine.py", *plugins, *spread, "-p", "no:cacheprovider"]
+    here = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    run = functools.partial(subprocess.run, cwd=tmp_path, env=here, capture_output=True, text=True, timeout=100)
+    done = run([*command, "--parity-report", "parity.html"])
+    assert done.returncode == 1, done.stderr
+    assert "1 failed, 1 passed" in done.stdout
+    assert "parity.html: 2 cases: 1 held, 1 mismatch" in done.stdout
+    page = (tmp_path / "parity.html").read_text(encoding="utf-8")
+    assert all(name in page for name in ("test_mine[classify]", "test_mine[for_each_rank]"))
+    wrong = run([*command, "--parity-report", "nowhere/parity.html"])
+    assert wrong.returncode == 4
+    assert "--parity-report nowhere/parity.html: nowhere is not a folder." in wrong.stderr
+
+
+def _plugged() -> bool:
+    return any(entry.value == "sandbox.pytest_plugin" for entry in entry_points(group="pytest11"))

@@ -68,7 +68,9 @@ def launch(
     Raises MeshError: there are too many ranks, or too few GPUs. Other SandboxErrors of a rank are raised as they are.
     """
     if not 1 <= world <= MOST_RANKS:
-        raise MeshError(f"mesh: {world} ranks, and one machine takes 1 to {MOST_RANKS}. Lower a degree, such as mesh.dp.degree.")
+        raise MeshError(
+            f"mesh: {world} ranks, and one machine takes 1 to {MOST_RANKS}. Lower a degree, such as mesh.dp.degree."
+        )
     request = Request(
         world, pickle.dumps((work, args)), device, timeout, threads, dict(os.environ), sys.path, str(Path.cwd())
     )

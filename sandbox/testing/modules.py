@@ -1,11 +1,17 @@
-"""Tensor parallelism for a model that somebody brings along: which module is cut how, by name.
+"""Tensor and sequence parallelism for a model that somebody brings along: which module is cut how, by name.
 
     plan                module      weight           in forward                          in backward
     column              Linear      W[F_tp, D]       X -> its own features Y_n           G{U} -> G of X, all_reduce
     column, gathered    Linear      W[F_tp, D]       X -> Y_n -> Y, all_gather           as column
     row                 Linear      W[D, F_tp]       X_n -> Y{U} -> Y, all_reduce        G of X_n, its own
     words               Embedding   W[V_tp, D]       its own words -> Y{U} -> Y          -
-    shared              any         whole            used on a rank's own features       G{U} -> G, all_reduce
+    shared              any         whole            used on a rank's own part           G{U} -> G, all_reduce
+
+With `sequence`, what lies between is cut along dimension 1, [B, S_n, D]; parts may be uneven:
+
+    words, row          as above                     Y{U} -> Y_n, reduce_scatter         G_n -> G, all_gather
+    column              as above                     X_n -> X, all_gather                G{U} -> G_n, reduce_scatter
+    whole sequence      any         as it is         its input X_n -> X, all_gather      G -> its own G_n
 
 Everything else is whole on every rank and does the same on each. Sizes that are cut must divide, and cut between heads
 where the model views features as heads. A bias is cut with its column, and added once after a row's sum.
@@ -14,6 +20,7 @@ where the model views features as heads. A bias is cut with its column, and adde
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +30,9 @@ from torch.nn import functional as F
 
 from sandbox.comm import Axis, all_gather
 from sandbox.errors import ConfigError
+from sandbox.partition import even
 from sandbox.program import Program, replace_parameters
-from sandbox.regions import Border, share_weights
+from sandbox.regions import Border, share, share_weights, start_gather
 
 __all__ = ["KINDS", "cut_modules"]
 
@@ -34,19 +42,24 @@ KINDS: dict[str, tuple[type[nn.Module], int | None]] = {
     "row": (nn.Linear, 1),
     "words": (nn.Embedding, 0),
     "shared": (nn.Module, None),
+    "column, sequence": (nn.Linear, 0),
+    "column, sequence, gathered": (nn.Linear, 0),
+    "row, sequence": (nn.Linear, 1),
+    "words, sequence": (nn.Embedding, 0),
+    "whole sequence": (nn.Module, None),
 }
 """What a plan may say -> the kind of module, and the dimension of its weight that is cut."""
 
 
 def cut_modules(program: Program, model: nn.Module, plan: Sequence[tuple[str, str]], axis: Axis) -> Program:
     """Return `program` with modules of `model` cut over `axis`. Raises ConfigError: the plan does not fit the model."""
-    border, layout = Border(axis, sequence=False), dict(program.layout)
+    borders, layout = (Border(axis, sequence=False), Border(axis, sequence=True)), dict(program.layout)
     chosen = _chosen(model, plan)
     new: dict[str, nn.Parameter] = {}
     for path, (module, kind) in chosen.items():
         for name, param in module.named_parameters(prefix=path, recurse=False):
             dim = KINDS[kind][1]
-            if name not in layout or name in new or dim is None or (kind == "row" and name.endswith("bias")):
+            if name not in layout or name in new or dim is None or (dim == 1 and name.endswith("bias")):
                 continue  # the second name of a tied weight, or whole
             part, left = divmod(param.shape[dim], axis.size)
             if left:
@@ -57,7 +70,7 @@ def cut_modules(program: Program, model: nn.Module, plan: Sequence[tuple[str, st
             new[name] = nn.Parameter(param.detach().narrow(dim, axis.rank * part, part).clone())
     replace_parameters(model, new)
     for module, kind in chosen.values():
-        _run_cut(module, kind, border)
+        _run_cut(module, kind, borders["sequence" in kind])
     return replace(program, layout=layout, parameters=dict(program.model.named_parameters()))
 
 
@@ -86,22 +99,57 @@ def _run_cut(module: Any, kind: str, border: Border) -> None:
         out: Tensor = _Gather.apply(column(x), axis)  # type: ignore[no-untyped-call]
         return out
 
+    def leave(x: Tensor) -> Tensor:
+        border.columns[:] = even(x.shape[1], axis.size)  # for those that put them together again
+        return border.leave(x)
+
     def row(x: Tensor) -> Tensor:
-        out = border.leave(F.linear(x, module.weight))
-        return out if module.bias is None else out + module.bias
+        out = leave(F.linear(x, module.weight))
+        if module.bias is None:
+            return out
+        return out + (share(axis, module.bias)[0] if border.sequence else module.bias)
 
     def words(tokens: Tensor) -> Tensor:
         first = axis.rank * module.weight.shape[0]
         elsewhere = (tokens < first) | (tokens >= first + module.weight.shape[0])
         rows = F.embedding((tokens - first).masked_fill(elsewhere, 0), module.weight)
-        return border.leave(rows.masked_fill(elsewhere[..., None], 0.0))
+        return leave(rows.masked_fill(elsewhere[..., None], 0.0))
 
     if kind == "shared":
         names = [name for name, _ in module.named_parameters()]
         owners = [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
         share_weights(module, owners, axis)
+    elif kind == "whole sequence":
+        module.register_forward_pre_hook(partial(_whole, border), with_kwargs=True)
     else:
-        module.forward = {"column": column, "column, gathered": gathered, "row": row, "words": words}[kind]
+        what = kind.replace(", sequence", "")
+        module.forward = {"column": column, "column, gathered": gathered, "row": row, "words": words}[what]
+
+
+def _whole(border: Border, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The arguments of a module, with the columns of all ranks in the first that is a tensor of floats."""
+    args, columns = list(args), tuple(border.columns)
+    places: list[tuple[Any, Any]] = [(args, i) for i in range(len(args))] + [(kwargs, name) for name in kwargs]
+    for arguments, place in places:
+        x = arguments[place]
+        if isinstance(x, Tensor) and x.is_floating_point():
+            arguments[place] = _Columns.apply(x, columns, border.axis)  # type: ignore[no-untyped-call]
+            break
+    return tuple(args), kwargs
+
+
+class _Columns(torch.autograd.Function):
+    """Own columns [B, S_n, D] -> all of them [B, S, D], on every rank alike; so in backward a rank takes its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], axis: Axis) -> Tensor:
+        ctx.own = sum(sizes[: axis.rank]), sizes[axis.rank]
+        return start_gather(x, sizes, axis)()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.narrow(1, *ctx.own).contiguous(), None, None
 
 
 class _Gather(torch.autograd.Function):

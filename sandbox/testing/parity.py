@@ -103,7 +103,7 @@ def assert_parity(
     if verdict.status == "mismatch":
         page = io.StringIO()
         tables.show(Verdicts(cases=[verdict], seconds=verdict.seconds), Console(file=page, width=160))
-        raise ParityError("\n" + "\n".join(line.rstrip() for line in page.getvalue().splitlines()))
+        raise ParityError("\n" + "\n".join(line.rstrip() for line in page.getvalue().splitlines()), verdict)
     return verdict
 
 
