@@ -37,14 +37,14 @@ DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024, and its DualPipe, 2025 (DualP
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
 
 from sandbox.orders import ORDERS, VS, Action
 
-__all__ = ["SCHEDULES", "Schedule", "bubble", "check", "finish_times", "make", "peaks"]
+__all__ = ["SCHEDULES", "Schedule", "borders", "bubble", "check", "finish_times", "homes", "make", "peaks"]
 
 SCHEDULES = tuple(ORDERS)
 
@@ -72,8 +72,7 @@ class Schedule:
 
     def messages(self, rank: int) -> int:
         """What a rank sends for each microbatch: hidden states forward and gradients back, to other ranks."""
-        neighbours = [stage + way for stage in self.held(rank) for way in (-1, 1)]
-        return sum(0 <= stage < self.stages and self.homes[stage] != rank for stage in neighbours)
+        return borders(self.homes, rank)
 
     @cached_property
     def split(self) -> frozenset[tuple[int, int]]:
@@ -107,6 +106,17 @@ class Schedule:
         return inputs if (action.stage, action.microbatch) in self.split else inputs + weights
 
 
+def homes(name: str, ranks: int, stages: int) -> list[int]:
+    """The rank of each of `stages` under the schedule `name`: in a loop, or in a V there and back."""
+    return [min(s, stages - 1 - s) for s in range(stages)] if name in VS else [s % ranks for s in range(stages)]
+
+
+def borders(home: Sequence[int], rank: int) -> int:
+    """Borders between a stage of `rank` and one of another, given the rank of each stage."""
+    neighbours = [stage + way for stage, holder in enumerate(home) if holder == rank for way in (-1, 1)]
+    return sum(0 <= stage < len(home) and home[stage] != rank for stage in neighbours)
+
+
 @lru_cache
 def make(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
     """The schedule of that name, checked. `chunks`: stages a rank, where the schedule leaves a choice."""
@@ -114,9 +124,8 @@ def make(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
     stages = ranks * (2 if name in VS else chunks)
     wanted = max(microbatches, least(ranks))
     wanted += -wanted % multiple(ranks)
-    homes = [min(s, stages - 1 - s) for s in range(stages)] if name in VS else [s % ranks for s in range(stages)]
     orders = [(a for a in order(ranks, rank, wanted, stages) if a.microbatch < microbatches) for rank in range(ranks)]
-    schedule = Schedule(tuple(homes), tuple(map(tuple, orders)))
+    schedule = Schedule(tuple(homes(name, ranks, stages)), tuple(map(tuple, orders)))
     check(schedule, microbatches)
     return schedule
 

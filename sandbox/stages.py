@@ -8,20 +8,74 @@ of it: the same modules, some of them left out.
 import copy
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
-from typing import Any, TypeAlias, cast
+from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from sandbox.comm import Axis
+from sandbox.config import Config, Options
+from sandbox.errors import ConfigError
 from sandbox.model import Transformer
+from sandbox.orders import LOOPED, VS
+from sandbox.program import Program
 
-__all__ = ["Stage", "WeightsLater", "completed", "cut", "keep", "shared_weight", "view"]
+__all__ = [
+    "Stage",
+    "StageOptions",
+    "WeightsLater",
+    "check_stages",
+    "completed",
+    "cut",
+    "keep",
+    "on_rank",
+    "shared_weight",
+    "view",
+]
 
 Stage: TypeAlias = tuple[str, ...]
+
+
+class StageOptions(Options):
+    """Options of a pipeline, whoever runs it; each engine narrows `schedule` to those that it has."""
+
+    schedule: str = Field("1f1b", description="which rank does what when")
+    stages: int | None = Field(None, ge=1, description="stages on each rank; default: 2 if there can be several")
+    cut: Literal["layers", "parameters"] = Field(
+        "layers", description="stages of as many layers, embedding and head being one each; or of as many parameters"
+    )
+    looped: ClassVar[tuple[str, ...]] = LOOPED  # schedules with any number of stages a rank
+
+    @property
+    def each(self) -> int:
+        """Stages on each rank."""
+        if self.schedule in self.looped:
+            return self.stages or 2
+        return 2 if self.schedule in VS else 1
+
+
+def check_stages(config: Config, options: StageOptions) -> None:
+    """Raise ConfigError where a schedule has another number of stages a rank, or there are fewer parts than stages."""
+    name, each, degree, layers = options.schedule, options.each, config.mesh.pp.degree, config.model.layers
+    if options.stages not in (None, each):
+        raise ConfigError(
+            f"mesh.pp.stages {options.stages}: schedule {name} has {each} on each rank. "
+            f"Set mesh.pp.stages: {each}, or mesh.pp.schedule: {' or '.join(options.looped)}."
+        )
+    if degree * each > layers + 2:
+        fits = (layers + 2) // each
+        degrees = f", or mesh.pp.degree: {fits}" if fits > 1 else ""
+        raise ConfigError(
+            f"mesh.pp.degree {degree} with {each} stage{'s' if each > 1 else ''} on each rank needs {degree * each} "
+            f"parts, but embedding, {layers} layers and head are {layers + 2}. "
+            f"Set model.layers: {degree * each - 2}{degrees}."
+        )
 
 
 def cut(model: Transformer, stages: int, by: str) -> list[Stage]:
@@ -55,6 +109,22 @@ def keep(model: Transformer, stages: Sequence[Stage]) -> None:
         model.embed = None
     if "head" not in names:
         model.norm = model.head = None
+
+
+def on_rank(program: Program, axis: Axis, stages: Sequence[Stage], copied: str | None) -> Program:
+    """Return `program` with a rank's stages only. `copied`: the weight, if any, that counts on another rank already."""
+    assert isinstance(program.model, Transformer)
+    keep(program.model, stages)
+    names = [name for name, _ in program.model.named_parameters()]
+    boxes = {name: program.layout[name] for name in names}
+    return replace(
+        program,
+        parameters={name: program.parameters[name] for name in names},
+        layout={
+            name: replace(box, sharded=(*box.sharded, *axis.names), copy=int(name == copied))
+            for name, box in boxes.items()
+        },
+    )
 
 
 def view(model: Transformer, stage: Stage) -> Transformer:

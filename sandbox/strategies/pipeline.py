@@ -47,17 +47,26 @@ from torch import Tensor, nn
 from sandbox.batch import Batch
 from sandbox.comm import Axis
 from sandbox.config import Config
-from sandbox.config import Options as Base
-from sandbox.errors import ConfigError
 from sandbox.mail import Mail
 from sandbox.mesh import Mesh
 from sandbox.model import Transformer, routing_losses
-from sandbox.orders import LOOPED, VS, Action
+from sandbox.orders import Action
 from sandbox.partition import even
 from sandbox.predict import Prediction, bytes_of, state_copies
 from sandbox.program import Program
 from sandbox.schedules import Schedule, make
-from sandbox.stages import Stage, WeightsLater, completed, cut, keep, shared_weight, view
+from sandbox.stages import (
+    Stage,
+    StageOptions,
+    WeightsLater,
+    check_stages,
+    completed,
+    cut,
+    keep,
+    on_rank,
+    shared_weight,
+    view,
+)
 from sandbox.strategies import context
 
 AXIS = "pp"
@@ -65,33 +74,15 @@ AXIS = "pp"
 Name = Literal["gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zbv", "dualpipe_v"]
 
 
-class Options(Base):
+class Options(StageOptions):
     """Options of `pipeline`."""
 
     schedule: Name = Field("1f1b", description="which rank does what when")
-    stages: int | None = Field(None, ge=1, description="stages on each rank; default: 2 if there can be several")
-    cut: Literal["layers", "parameters"] = Field(
-        "layers", description="stages of as many layers, embedding and head being one each; or of as many parameters"
-    )
 
 
 def check(config: Config, options: Options) -> None:
-    """Refuse more stages than there are parts, and several a rank where the schedule has one."""
-    name, degree, layers = options.schedule, config.mesh.pp.degree, config.model.layers
-    each = _each(options)
-    if options.stages not in (None, each):
-        raise ConfigError(
-            f"mesh.pp.stages {options.stages}: schedule {name} has {each} on each rank. "
-            f"Set mesh.pp.stages: {each}, or mesh.pp.schedule: {' or '.join(LOOPED)}."
-        )
-    if degree * each > layers + 2:
-        fits = (layers + 2) // each
-        degrees = f", or mesh.pp.degree: {fits}" if fits > 1 else ""
-        raise ConfigError(
-            f"mesh.pp.degree {degree} with {each} stage{'s' if each > 1 else ''} on each rank needs {degree * each} "
-            f"parts, but embedding, {layers} layers and head are {layers + 2}. "
-            f"Set model.layers: {degree * each - 2}{degrees}."
-        )
+    """Refuse another number of stages a rank than the schedule has, and more stages than there are parts."""
+    check_stages(config, options)
 
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
@@ -99,8 +90,8 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     axis, model = mesh.axis("pp"), program.model
     assert isinstance(model, Transformer)
     order, stages, tied = _plan(model, program.config, options)
-    keep(model, [stages[stage] for stage in order.held(axis.rank)])
-    names = [name for name, _ in model.named_parameters()]
+    mine = [stages[stage] for stage in order.held(axis.rank)]
+    staged = on_rank(program, axis, mine, copied=tied if axis.rank == order.ends[1] else None)
     pipeline = Pipeline(axis, order, stages, tied)
 
     def grad_ready(name: str) -> None:
@@ -108,16 +99,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
         pipeline.closing.pop(name, None)
 
     return replace(
-        program,
-        parameters={name: program.parameters[name] for name in names},
-        layout={
-            name: replace(
-                program.layout[name],
-                sharded=(*program.layout[name].sharded, *axis.names),
-                copy=int(name == tied and axis.rank == order.ends[1]),
-            )
-            for name in names
-        },
+        staged,
         forward_backward=pipeline.forward_backward,
         evaluate=pipeline.evaluate,
         complete=lambda name: name in pipeline.closing,
@@ -225,7 +207,7 @@ class Pipeline:
 
 def schedule(config: Config, options: Options) -> Schedule:
     """Who does what when."""
-    return make(options.schedule, config.mesh.pp.degree, config.train.microbatches, _each(options))
+    return make(options.schedule, config.mesh.pp.degree, config.train.microbatches, options.each)
 
 
 def _plan(model: Transformer, config: Config, options: Options) -> tuple[Schedule, list[Stage], str | None]:
@@ -233,13 +215,6 @@ def _plan(model: Transformer, config: Config, options: Options) -> tuple[Schedul
     made = schedule(config, options)
     first, last = made.ends
     return made, cut(model, made.stages, options.cut), shared_weight(model) if first != last else None
-
-
-def _each(options: Options) -> int:
-    """Stages on each rank."""
-    if options.schedule in LOOPED:
-        return options.stages or 2
-    return 2 if options.schedule in VS else 1
 
 
 def _columns(mesh: Mesh, config: Config) -> int:

@@ -32,7 +32,7 @@ Sources: as the native pipeline's; torch.distributed.pipelining.schedules.
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -41,15 +41,16 @@ from torch import Tensor, nn
 from sandbox.batch import IGNORED, Batch
 from sandbox.comm import Axis, receive, send
 from sandbox.config import Config
-from sandbox.config import Options as Base
 from sandbox.engines.torch._dtensors import microbatch_rows, own_rows
 from sandbox.errors import ConfigError
 from sandbox.layout import local
 from sandbox.mesh import Mesh
 from sandbox.model import Transformer
+from sandbox.orders import LOOPED, VS
 from sandbox.predict import Prediction, bytes_of, state_copies
 from sandbox.program import Program
-from sandbox.stages import Stage, cut, keep, shared_weight, view
+from sandbox.schedules import borders, homes
+from sandbox.stages import Stage, StageOptions, check_stages, cut, keep, on_rank, shared_weight, view
 
 AXIS = "pp"
 
@@ -63,18 +64,13 @@ NAMES = {
     "zbv": "ZBVZeroBubble",
     "dualpipe_v": "DualPipeV",
 }
-LOOPED = ("interleaved", "breadth_first", "interleaved_zb")
-VS = ("zbv", "dualpipe_v")
 
 
-class Options(Base):
+class Options(StageOptions):
     """Options of `pipeline`."""
 
     schedule: Name = Field("1f1b", description="which rank does what when")
-    stages: int | None = Field(None, ge=1, description="stages on each rank; default: 2 if there can be several")
-    cut: Literal["layers", "parameters"] = Field(
-        "layers", description="stages of as many layers, embedding and head being one each; or of as many parameters"
-    )
+    looped: ClassVar[tuple[str, ...]] = (*LOOPED, "interleaved_zb")
 
 
 def check(config: Config, options: Options) -> None:
@@ -84,17 +80,8 @@ def check(config: Config, options: Options) -> None:
             "model.experts: torch's schedules take the loss of the last stage alone, and experts add theirs on every "
             "stage. Use engine native."
         )
-    name, each, degree = options.schedule, _each(options), config.mesh.pp.degree
-    count, layers = config.train.microbatches, config.model.layers
-    if options.stages not in (None, each):
-        raise ConfigError(
-            f"mesh.pp.stages {options.stages}: schedule {name} has {each} on each rank. Set mesh.pp.stages: {each}."
-        )
-    if degree * each > layers + 2:
-        raise ConfigError(
-            f"mesh.pp.degree {degree} with {each} stage{'s' if each > 1 else ''} on each rank needs {degree * each} "
-            f"parts, but embedding, {layers} layers and head are {layers + 2}. Set model.layers: {degree * each - 2}."
-        )
+    check_stages(config, options)
+    name, degree, count = options.schedule, config.mesh.pp.degree, config.train.microbatches
     if config.model.tied and name in VS and config.mesh.dp.degree > 1:
         raise ConfigError(
             f"model.tied: schedule {name} has embedding and head on one rank, as two stages; torch's FSDP and "
@@ -118,38 +105,24 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` with this rank's stages, run by one of torch's schedules."""
     axis, model = mesh.axis(AXIS), program.model
     assert isinstance(model, Transformer)
-    homes, stages, tied = _plan(model, program.config, options)
-    mine = [number for number, home in enumerate(homes) if home == axis.rank]
-    keep(model, [stages[number] for number in mine])
-    names = [name for name, _ in model.named_parameters()]
-    pipeline = Pipeline(mesh, options, model, {number: stages[number] for number in mine}, homes)
-    ends = (homes[0], homes[-1])
+    home, stages, tied = _plan(model, program.config, options)
+    first, last = home[0], home[-1]
+    mine = {number: stages[number] for number, rank in enumerate(home) if rank == axis.rank}
+    staged = on_rank(program, axis, list(mine.values()), copied=tied if axis.rank == last else None)
+    pipeline = Pipeline(mesh, options, model, mine, home)
 
     def forward_backward(finished: Program, microbatches: list[Batch], valid: float) -> Tensor:
         finished.begin(True)
         loss = pipeline.run(finished, microbatches, valid)
         finished.reduce_grads()
-        if tied and axis.rank in ends:
-            add_gradients(finished.parameters[tied], axis, sum(ends) - axis.rank)
+        if tied and axis.rank in (first, last):
+            add_gradients(finished.parameters[tied], axis, other=first + last - axis.rank)
         return loss
 
     def evaluate(finished: Program, batch: Batch) -> Tensor:
         return pipeline.run(finished, batch.split_rows(program.config.train.microbatches), 1)
 
-    return replace(
-        program,
-        parameters={name: program.parameters[name] for name in names},
-        layout={
-            name: replace(
-                program.layout[name],
-                sharded=(*program.layout[name].sharded, *axis.names),
-                copy=int(name == tied and axis.rank == ends[1]),
-            )
-            for name in names
-        },
-        forward_backward=forward_backward,
-        evaluate=evaluate,
-    )
+    return replace(staged, forward_backward=forward_backward, evaluate=evaluate)
 
 
 def add_gradients(param: nn.Parameter, axis: Axis, other: int) -> None:
@@ -166,9 +139,9 @@ class Pipeline:
     """The stages of a rank as torch's pipelining wants them, and its schedules, one for each number of rows."""
 
     def __init__(
-        self, mesh: Mesh, options: Options, model: Transformer, stages: dict[int, Stage], homes: list[int]
+        self, mesh: Mesh, options: Options, model: Transformer, stages: dict[int, Stage], home: list[int]
     ) -> None:
-        self.axis, self.options, self.homes = mesh.axis(AXIS), options, homes
+        self.axis, self.options, self.home = mesh.axis(AXIS), options, home
         self.numbers = list(stages)
         self.views: list[nn.Module] = [self._view(model, stage) for stage in stages.values()]
         model.stages = self.views  # type: ignore[assignment]  # where strategies that wrap stages find them
@@ -185,7 +158,7 @@ class Pipeline:
         schedule = self.schedules[rows, training]
         losses: list[Tensor] = []
         number = torch.arange(len(batches))  # all that torch has to cut into microbatches
-        first, last = (self.homes[end] == self.axis.rank for end in (0, -1))
+        first, last = (self.home[end] == self.axis.rank for end in (0, -1))
         given = (number,) if first else ()
         target = number if last else None
         if training:
@@ -217,7 +190,7 @@ class Pipeline:
 
         device = self.batches[0].tokens.device
         stages = [
-            PipelineStage(part, number, len(self.homes), device, group=self.axis.group)
+            PipelineStage(part, number, len(self.home), device, group=self.axis.group)
             for number, part in zip(self.numbers, self.views, strict=True)
         ]
         kind = get_schedule_class(NAMES[self.options.schedule])
@@ -256,16 +229,13 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
     """Bytes sent in one step and held after it, by this rank; cuts `model` down to its stages."""
     axis = mesh.axis(AXIS)
     assert isinstance(model, Transformer)
-    homes, stages, tied = _plan(model, config, options)
+    home, stages, tied = _plan(model, config, options)
     item, own = model.dtype.itemsize, next(model.parameters()).element_size()
-    mine = [number for number, home in enumerate(homes) if home == axis.rank]
-    keep(model, [stages[number] for number in mine])
-    neighbours = [number + way for number in mine for way in (-1, 1)]
-    borders = sum(0 <= number < len(homes) and homes[number] != axis.rank for number in neighbours)
+    keep(model, [stage for stage, rank in zip(stages, home, strict=True) if rank == axis.rank])
     tp, shard = mesh.axis("tp"), mesh.axis("dp_shard")
     columns = config.data.sequence // (tp.size if config.mesh.tp.options.get("sequence") else 1)
-    sent = borders * sum(microbatch_rows(mesh, config)) * columns * config.model.width * item
-    if tied and axis.rank in (homes[0], homes[-1]):
+    sent = borders(home, axis.rank) * sum(microbatch_rows(mesh, config)) * columns * config.model.width * item
+    if tied and axis.rank in (home[0], home[-1]):
         words = own_rows(config.model.padded_vocab, tp.size, tp.rank)
         if config.mesh.dp.strategy == "fsdp":
             words = own_rows(words, shard.size, shard.rank)
@@ -278,16 +248,7 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
 def _plan(model: Transformer, config: Config, options: Options) -> tuple[list[int], list[Stage], str | None]:
     """The rank of each stage, the stages, and the name of a weight that two ranks hold."""
     degree = config.mesh.pp.degree
-    total = degree * _each(options)
-    homes = (
-        [min(s, total - 1 - s) for s in range(total)] if options.schedule in VS else [s % degree for s in range(total)]
-    )
-    tied = shared_weight(model) if homes[0] != homes[-1] else None
-    return homes, cut(model, total, options.cut), tied
-
-
-def _each(options: Options) -> int:
-    """Stages on each rank."""
-    if options.schedule in LOOPED:
-        return options.stages or 2
-    return 2 if options.schedule in VS else 1
+    total = degree * options.each
+    home = homes(options.schedule, degree, total)
+    tied = shared_weight(model) if home[0] != home[-1] else None
+    return home, cut(model, total, options.cut), tied
