@@ -5,8 +5,8 @@ switch each make a case. Where a training does not suit a mesh (heads that do no
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -28,10 +28,7 @@ def matrix() -> Iterator[Case]:
     for engine in engines():
         for name in strategies(engine):
             yield from _alone(engine, name)
-    for case in compositions():
-        with suppress(ConfigError):
-            plan(case.config)
-            yield case
+    yield from filter(_possible, compositions())
 
 
 def _alone(engine: str, name: str) -> Iterator[Case]:
@@ -68,13 +65,16 @@ def _alone(engine: str, name: str) -> Iterator[Case]:
 
 
 def _first(*attempts: Callable[[], Case]) -> Iterator[Case]:
-    """The first that is possible, if any is."""
-    for attempt in attempts:
-        with suppress(ConfigError):
-            case = attempt()
-            plan(case.config)
-            yield case
-            return
+    """The first that is possible, if any is; those after it are not made."""
+    return islice(filter(_possible, (attempt() for attempt in attempts)), 1)
+
+
+def _possible(case: Case) -> bool:
+    try:
+        plan(case.config)
+    except ConfigError:
+        return False
+    return True
 
 
 def _variants(fields: dict[str, FieldInfo]) -> Iterator[tuple[str, dict[str, Any]]]:
