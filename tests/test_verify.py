@@ -384,12 +384,12 @@ def test_a_case_has_the_timeline_of_one_step(strategy: str) -> None:
 
 @parity
 def test_one_reference_serves_all_layouts_of_a_training() -> None:
-    verifier = world.verifier()
+    references = world.verifier().references
     base = alone("native", "ddp", 2, "").config
     other = alone("torch", "fsdp", 4, "another name").config
-    assert verifier.reference(base) is verifier.reference(other)
+    assert references.of(base) is references.of(other)
     seed = base.model_copy(update={"train": base.train.model_copy(update={"seed": 7})})
-    assert verifier.reference(seed) is not verifier.reference(base)
+    assert references.of(seed) is not references.of(base)
 
 
 @parity

@@ -1,48 +1,31 @@
-"""Reference against sharded run: the judgement.
+"""Sharded run against reference: the judgement.
 
-The reference is the same code with an empty plan, in one process. It is run a second time with its sums taken in
-another order, and, below float64, a third time from parameters moved by one unit in the last place. How far these
-drift apart is the noise of the training itself:
-
-    floor       a gradient that is zero in exact arithmetic (a key's bias, without rotary positions) is noise. A tensor
-                whose noise exceeds 256 eps of its size is measured against noise / (256 eps) instead of its size.
-    tolerance   float64: 1e-12. Below: 4 times the largest noise of any tensor. In bfloat16, where a strategy keeps
-                the model's own parameters as bfloat16, the third run is from parameters rounded to that.
+A case is run by its own world of ranks, each of which takes down what it did (capture.py). Put together, that is held
+against the unsharded run (reference.py): rows, losses, every element of gradients and parameters, norms, bytes. What
+differs by more than the tolerance is a mismatch, and its pattern names the cause (diagnose.py).
 """
 
-import functools
 import math
-import pickle
-import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from sandbox.config import Config
 from sandbox.errors import SandboxError, UnsupportedError
 from sandbox.measure import align
-from sandbox.plan import name_of, plan, predict, preload
-from sandbox.program import training_loss
-from sandbox.runtime import Member, launch, warm
+from sandbox.plan import name_of, predict, preload
+from sandbox.runtime import launch, warm
 from sandbox.trainer import Trainer
 from sandbox.verdict import Amount, Difference, Verdict
 from sandbox.verify.capture import Capture, Subject, capture
-from sandbox.verify.compare import assemble, differences, spread
+from sandbox.verify.compare import assemble, differences
 from sandbox.verify.diagnose import Findings, diagnose
+from sandbox.verify.reference import Reference, References, World
+from sandbox.verify.rows import misdealt, misweighted
 
 __all__ = ["Case", "Verifier", "fixture"]
-
-RowLoss = tuple[float, int]  # sum of losses, valid targets
-
-FLOOR = 256  # eps of a tensor's size, beyond which its noise makes it a zero
-MARGIN = 4  # tolerances below float64, in units of the noise
-EXACT = 1e-12  # tolerance in float64
 
 
 @dataclass(frozen=True)
@@ -55,19 +38,6 @@ class Case:
     config: Config
     prepare: Callable[[Trainer], Any] | None = None
     subject: Subject | None = None
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The unsharded run, by step, and what its noise says of floors and tolerance."""
-
-    run: Capture
-    gradients: list[dict[str, Tensor]]
-    parameters: list[dict[str, Tensor]]
-    buffers: list[dict[str, Tensor]]
-    floors: list[dict[str, float]]  # of the gradients
-    tolerance: float
-    rows: list[RowLoss]  # of the first step
 
 
 def fixture(config: Config, dtype: str | None = "float64") -> Config:
@@ -90,15 +60,11 @@ def fixture(config: Config, dtype: str | None = "float64") -> Config:
 
 
 class Verifier:
-    """Verifies cases. A reference is run once for all cases that share its training.
+    """Verifies cases. `world` runs the work of each rank of a world; the default launches ranks here."""
 
-    `world` runs the work of each rank of a world, and returns what each did; the default launches ranks here.
-    """
-
-    def __init__(self, world: Callable[..., list[Any]] | None = None) -> None:
+    def __init__(self, world: World | None = None) -> None:
         self._world = world or launch
-        self._references: dict[tuple[str, bytes], Reference] = {}
-        self._lock = threading.Lock()  # of the references
+        self.references = References(self._world)
 
     def verify_all(self, cases: Iterable[Case]) -> Iterator[Verdict]:
         """Verdicts in the order of the cases. Two are under way at a time: one computes, one starts or is judged."""
@@ -124,7 +90,7 @@ class Verifier:
         try:
             verdict.strategy = name_of(config)
             warm(*preload(config.engine))
-            reference = self.reference(config, case.subject)
+            reference = self.references.of(config, case.subject)
             started = time.perf_counter()
             work = config, case.prepare, case.subject
             ranks = self._world(config.mesh.world, capture, *work, timeout=config.run.timeout)
@@ -135,19 +101,6 @@ class Verifier:
             verdict.status, verdict.cause = "failed", str(error)
         verdict.seconds = time.perf_counter() - started
         return verdict
-
-    def reference(self, config: Config, subject: Subject | None = None) -> Reference:
-        """The unsharded run of a training, from memory if it was run before."""
-        rounded = any(getattr(p.strategy, "ROUNDS", False) for p in plan(config))
-        move = round_off if rounded and config.train.dtype == "bfloat16" else nudge
-        plain = config.reference().model_copy(update={"name": "", "run": type(config.run)()})
-        key = f"{move.__name__} {plain.model_dump_json()}", pickle.dumps(subject)
-        with self._lock:
-            if key not in self._references:
-                work = config.reference(), move, subject
-                runs, rows = self._world(1, _reference_runs, *work, timeout=config.run.timeout)[0]
-                self._references[key] = _reference(runs, rows, config.train.dtype)
-            return self._references[key]
 
     def _judge(self, verdict: Verdict, case: Case, reference: Reference, ranks: list[Capture]) -> None:
         config, steps = case.config, range(case.config.train.steps)
@@ -168,8 +121,8 @@ class Verifier:
                 for s in range(config.train.steps + 1)
             ],
             buffers=[differences(assemble([r.buffers[s] for r in ranks]), reference.buffers[s], {}) for s in steps],
-            rows=_rows(ranks, reference.run),
-            weights=_weights(ranks, reference.rows, config),
+            rows=misdealt(ranks, reference.run),
+            weights=misweighted(ranks, reference.rows, config),
             amounts="",
         )
         if case.subject is None:
@@ -193,70 +146,6 @@ class Verifier:
         )
         if not good:
             verdict.status, verdict.cause = "mismatch", diagnose(found)
-
-
-def _reference_runs(
-    member: Member, config: Config, move: Callable[[Trainer], None], subject: Subject | None
-) -> tuple[list[Capture], list[RowLoss]]:
-    """The training, its sums in another order, and below float64 from neighbouring parameters; and each row's loss."""
-    losses: list[RowLoss] = []
-    rows = config.train.model_copy(update={"microbatches": config.train.batch})
-    runs = [
-        capture(member, config, lambda trainer: losses.extend(_row_losses(trainer)), subject),
-        capture(member, config.model_copy(update={"train": rows}), None, subject),
-    ]
-    if config.train.dtype != "float64":
-        runs.append(capture(member, config, move, subject))
-    return runs, losses
-
-
-@torch.no_grad()
-def _row_losses(trainer: Trainer) -> list[RowLoss]:
-    """Each row's loss in the first step."""
-    batch, program = trainer.batch(), trainer.program
-    kept = {buffer: buffer.clone() for buffer in program.model.buffers()}
-    program.model.train()
-    losses = [(training_loss(program, row).item(), row.valid) for row in batch.split_rows(len(batch.rows))]
-    for buffer, value in kept.items():
-        buffer.copy_(value)
-    return losses
-
-
-@torch.no_grad()
-def nudge(trainer: Trainer) -> None:
-    """Move every parameter by one unit in the last place, up or down in turn."""
-    for param in trainer.program.parameters.values():
-        signs = torch.ones(param.numel(), dtype=param.dtype)
-        signs[::2] = -1
-        param.mul_(1 + torch.finfo(param.dtype).eps * signs.view_as(param))
-
-
-@torch.no_grad()
-def round_off(trainer: Trainer) -> None:
-    """Move every parameter to the nearest bfloat16."""
-    for param in trainer.program.parameters.values():
-        param.copy_(param.bfloat16())
-
-
-def _reference(runs: Sequence[Capture], rows: list[RowLoss], dtype: str) -> Reference:
-    grads, params, buffers = ([_wholes(run, kind) for run in runs] for kind in ("gradients", "parameters", "buffers"))
-    eps = torch.finfo(getattr(torch, dtype)).eps
-    floors, amplified = [], 0.0
-    for step, (first, *others) in enumerate(zip(*grads, strict=True)):
-        noise = functools.reduce(_larger, [spread(first, other) for other in others])
-        floors.append({name: value / (FLOOR * eps) for name, value in noise.items()})
-        sizes = {name: max(value.abs().max().item(), floors[step][name]) or 1.0 for name, value in first.items()}
-        amplified = max(amplified, *(noise[name] / sizes[name] for name in first))
-    tolerance = EXACT if dtype == "float64" else MARGIN * amplified
-    return Reference(runs[0], grads[0], params[0], buffers[0], floors, tolerance, rows)
-
-
-def _wholes(run: Capture, kind: str) -> list[dict[str, Tensor]]:
-    return [{name: whole.value for name, whole in assemble([step]).items()} for step in getattr(run, kind)]
-
-
-def _larger(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
-    return {name: max(value, other[name]) for name, value in one.items()}
 
 
 def _largest(errors: Sequence[float]) -> float:
@@ -283,70 +172,6 @@ def _worst(steps: Sequence[Sequence[Difference]]) -> list[Difference]:
         if max(difference.error, difference.drift) > max(known.error, known.drift):
             worst[difference.tensor] = difference
     return sorted(worst.values(), key=lambda d: -max(d.error, d.drift))
-
-
-def _rows(ranks: Sequence[Capture], reference: Capture) -> str:
-    """What is wrong with the rows that ranks saw, in words: each is for one data rank, with all of its tokens.
-
-    Ranks along cp share a row's columns; ranks along pp and tp see what their neighbours see.
-    """
-    for step, expected in enumerate(reference.tokens):
-        wanted = dict(expected)
-        for stage in sorted({(rank.place["pp"], rank.place["tp"]) for rank in ranks}):
-            seen: dict[int, int] = defaultdict(int)
-            owners: dict[int, set[tuple[int, ...]]] = defaultdict(set)
-            for rank in (rank for rank in ranks if (rank.place["pp"], rank.place["tp"]) == stage):
-                for row, checksum in rank.tokens[step]:
-                    seen[row] += checksum
-                    owners[row].add(tuple(rank.place[axis] for axis in ("dp_replicate", "dp_shard", "ep")))
-            twice = sorted(row for row, who in owners.items() if len(who) > 1)
-            never = sorted(set(wanted) - set(seen))
-            if twice or never or set(seen) - set(wanted):
-                parts = [f"rows {_list(twice)} were seen more than once"] if twice else []
-                parts += [f"rows {_list(never)} were never seen"] if never else []
-                return f"in step {step + 1}, {' and '.join(parts) or 'other rows were seen'}."
-            other = sorted(row for row, checksum in seen.items() if (checksum - wanted[row]) % 2**64)
-            if other:
-                return f"in step {step + 1}, rows {_list(other)} hold other tokens than the reference's."
-    return ""
-
-
-def _weights(ranks: Sequence[Capture], rows: Sequence[RowLoss], config: Config) -> str:
-    """Which wrong weighting of rows, if any, explains each rank's share of the first step's loss."""
-    if config.mesh.world != config.mesh.dp.degree:
-        return ""  # ranks that share rows do not have losses of their own
-    parts = [
-        [[rows[row] for row in part] for part in _split([row for row, _ in rank.tokens[0]], config.train.microbatches)]
-        for rank in ranks
-    ]
-    seen, valid = len(ranks), max(1, sum(count for _, count in rows))
-
-    def mean(part: Sequence[RowLoss]) -> float:
-        return sum(loss for loss, _ in part) / max(1, sum(count for _, count in part))
-
-    wrong: dict[str, list[float]] = {
-        "each microbatch's loss is its own mean, and the mean of those is taken": [
-            sum(mean(part) for part in mine) / len(mine) / seen for mine in parts
-        ],
-        "each rank's loss is its own mean, and the mean of those is taken": [
-            mean([row for part in mine for row in part]) / seen for mine in parts
-        ],
-        "the last microbatch is missing": [
-            sum(loss for part in mine[:-1] for loss, _ in part) / valid for mine in parts
-        ],
-    }
-    for text, shares in wrong.items():
-        if all(abs(rank.losses[0] - share) <= 1e-4 * abs(share) for rank, share in zip(ranks, shares, strict=True)):
-            return text
-    return ""
-
-
-def _split(rows: Sequence[int], parts: int) -> list[list[int]]:
-    return [part.tolist() for part in torch.tensor(rows).tensor_split(parts)]
-
-
-def _list(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:4])) + (", ..." if len(numbers) > 4 else "")
 
 
 def _amounts(
