@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from matplotlib.image import imread
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -377,6 +378,14 @@ class TestHero:
         hero(tmp_path / "hero.png", sample())
         header = (tmp_path / "hero.png").read_bytes()[16:24]
         assert struct.unpack(">II", header) == (1600, 700)
+
+    @pytest.mark.parametrize("strategy", ["ddp", "pipeline + tensor + context + fsdp"])
+    def test_nothing_is_cut_off_at_an_edge(self, tmp_path: Path, strategy: str) -> None:
+        """Long names leave little width to the bars, and less to a legend above them."""
+        hero(tmp_path / "hero.png", Verdicts(cases=[*sample().cases, one(strategy=strategy)]))
+        pixels = imread(tmp_path / "hero.png")
+        pixels[8:-8, 8:-8] = 1
+        assert (pixels == 1).all()
 
     def test_is_the_same_for_the_same_verdicts(self, tmp_path: Path) -> None:
         for name in ("a.svg", "b.svg"):

@@ -97,8 +97,8 @@ def _memory(axes: "Axes", cases: Sequence[Verdict]) -> None:
     axes.set_title(f"Memory on one rank of {ranks}", loc="left", fontsize=15, fontweight="bold", pad=36)
     axes.set_xlabel("MiB", color=QUIET)
     axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(-0.06, 1.0),
+        loc="lower right",  # grows to the left, over the names of the rows: to the right the figure ends
+        bbox_to_anchor=(1.0, 1.0),
         ncols=5,
         frameon=False,
         handletextpad=0.4,
