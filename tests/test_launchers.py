@@ -17,9 +17,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from sandbox.cli.launch import place, spanning
 from sandbox.config import Config, load
 from sandbox.errors import ConfigError, MeshError
-from sandbox.launchers import LAUNCHERS, Job, Launcher, place, spanning
+from sandbox.launchers import LAUNCHERS, Job, Launcher
 
 pytestmark = pytest.mark.unit
 

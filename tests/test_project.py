@@ -78,7 +78,7 @@ def test_a_forbidden_import_is_caught(tmp_path: Path, module: str, line: str, co
 @pytest.mark.parametrize(
     "code",
     [
-        "from sandbox.cli import app; from typer.testing import CliRunner; CliRunner().invoke(app, ['--help'])",
+        "from sandbox.cli.app import app; from typer.testing import CliRunner; CliRunner().invoke(app, ['--help'])",
         "import sandbox.runtime",
         "import sandbox.config",
     ],

@@ -59,7 +59,6 @@ _PRELOAD = (
 )
 _NOT_OURS = (  # not for ranks, or on demand
     "sandbox.__main__",
-    "sandbox.arguments",
     "sandbox.cli",
     "sandbox.doctor",
     "sandbox.engines",

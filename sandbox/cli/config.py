@@ -1,10 +1,11 @@
-"""`sandbox config`: other libraries' configs, written and read."""
+"""`sandbox config`: a config with its defaults, and other libraries' configs, written and read."""
 
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
+from sandbox.cli.arguments import ConfigPath, Set, read
 from sandbox.errors import ConfigError
 
 __all__ = ["app"]
@@ -12,19 +13,24 @@ __all__ = ["app"]
 app = typer.Typer(help="Look at configs, and carry them to other libraries and back.", no_args_is_help=True)
 
 Out = Annotated[
-    Optional[Path],  # noqa: UP045 - typer reads the annotation at run time
+    Optional[Path],  # noqa: UP045
     typer.Option("--out", metavar="FILE", help="Where it goes; default: standard output."),
 ]
 
 
+@app.command()
+def show(config: ConfigPath, set_: Set = None) -> None:
+    """Print a config with every default filled in."""
+    import yaml
+
+    typer.echo(yaml.safe_dump(read(config, set_).model_dump(mode="json"), sort_keys=False), nl=False)
+
+
 @app.command("export")
 def export_(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/zero2.yaml.")],
+    config: ConfigPath,
     to: Annotated[str, typer.Option(help="deepspeed-json, accelerate-yaml, or torchrun, a command.")],
-    set_: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: train.dtype=float32. May be repeated."),
-    ] = None,
+    set_: Set = None,
     out: Out = None,
 ) -> None:
     """Write another library's own config for the same training. Notes say what that file has no place for."""
@@ -47,10 +53,10 @@ def import_(
     """Read another library's config into ours. Keys that cannot be carried over are errors, each with its reason."""
     import yaml
 
-    from sandbox.interchange import read
+    from sandbox import interchange
     from sandbox.plan import plan
 
-    config, notes = read(file, engine=engine, ranks=ranks)
+    config, notes = interchange.read(file, engine=engine, ranks=ranks)
     plan(config)
     tree = config.model_dump(mode="json", exclude_unset=True, exclude={"name"})
     _write(yaml.safe_dump(tree, sort_keys=False), notes, out)

@@ -1,0 +1,58 @@
+"""`sandbox report`: runs and verdicts, drawn."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from sandbox.cli.arguments import terminal, writable
+from sandbox.errors import ConfigError
+
+__all__ = ["report"]
+
+
+def report(
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Run folders, and JSON of verify --json.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the page goes.")] = Path("report.html"),
+    reference: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FOLDER", help="Run folder of the unsharded run, drawn under the others."),
+    ] = None,
+    picture: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Draw the verdicts as one figure too, .png or .svg."),
+    ] = None,
+) -> None:
+    """Draw runs and verdicts as one HTML page that needs no network."""
+    from pydantic import ValidationError
+
+    from sandbox.report.html import write
+    from sandbox.report.record import RunRecord
+    from sandbox.verdict import Verdicts
+
+    for option, file in (("--out", out), ("--picture", picture)):
+        writable(option, file)
+    verdicts, runs = Verdicts(), []
+    for source in sources:
+        if source.is_dir():
+            runs.append(RunRecord.read(source, reference=reference))
+            continue
+        try:
+            found = Verdicts.model_validate_json(source.read_bytes())
+        except (OSError, ValidationError) as error:
+            text = error.strerror if isinstance(error, OSError) else "not the JSON of verify --json"
+            raise ConfigError(f"{source}: cannot be read ({text}).") from None
+        verdicts = Verdicts(
+            versions=verdicts.versions | found.versions,
+            cases=[*verdicts.cases, *found.cases],
+            seconds=verdicts.seconds + found.seconds,
+        )
+    from sandbox.report.picture import pictures
+
+    write(out, verdicts, runs=runs, pictures=pictures(verdicts.cases))
+    terminal().print(f"wrote {out}")
+    if picture:
+        from sandbox.report.hero import hero
+
+        hero(picture, verdicts)
+        terminal().print(f"wrote {picture}")
