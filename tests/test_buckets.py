@@ -102,17 +102,25 @@ def backward(program: Program, names: list[str], *, final: bool) -> None:
     program.reduce_grads()
 
 
-@few
-@given(SHAPES, st.integers(1, 4000), st.randoms(use_true_random=False), st.booleans())
-def test_buckets_start_in_one_order_whatever_came_when_or_never(
-    shapes: list[tuple[int, ...]], limit: int, random: Any, each: bool
-) -> None:
+def three_passes(
+    shapes: list[tuple[int, ...]], limit: int, random: Any, *, each: bool
+) -> tuple[list[Bucket], list[list[str]], list[Any]]:
+    """Three passes, each over some of the parameters in any order -> the buckets, the passes and what was launched."""
     buckets = cut_buckets(params(shapes), limit / 2**20)
     program, log = stub(buckets, each=each)
     passes = [[name for name in program.parameters if random.random() < 0.7] for _ in range(3)]
     for number, names in enumerate(passes):
         random.shuffle(names)
         backward(program, names, final=number == 2)
+    return buckets, passes, log
+
+
+@few
+@given(SHAPES, st.integers(1, 4000), st.randoms(use_true_random=False), st.booleans())
+def test_buckets_start_in_one_order_whatever_came_when_or_never(
+    shapes: list[tuple[int, ...]], limit: int, random: Any, each: bool
+) -> None:
+    buckets, _, log = three_passes(shapes, limit, random, each=each)
     rounds = [False, False, True] if each else [True]
     order = [(number, final) for final in rounds for number in [*range(len(buckets)), "finish"]]
     assert [(entry[0], entry[1]) for entry in log] == order
@@ -123,11 +131,7 @@ def test_buckets_start_in_one_order_whatever_came_when_or_never(
 def test_no_gradient_is_lost_whichever_passes_used_the_parameter(
     shapes: list[tuple[int, ...]], limit: int, random: Any, each: bool
 ) -> None:
-    buckets = cut_buckets(params(shapes), limit / 2**20)
-    program, log = stub(buckets, each=each)
-    passes = [[name for name in program.parameters if random.random() < 0.7] for _ in range(3)]
-    for number, names in enumerate(passes):
-        backward(program, names, final=number == 2)
+    buckets, passes, log = three_passes(shapes, limit, random, each=each)
     for number, bucket in enumerate(buckets):
         total = torch.tensor([entry[2] for entry in log if entry[0] == number]).sum(0)
         for name, view in bucket.views(total).items():
