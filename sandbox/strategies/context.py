@@ -8,15 +8,16 @@
     parameter W       W[D, F]             -                     -                     -
     gradient  G       G[D, F]{U_cp}       -                     -                     -
 
-`X[B, S_cp, D]` reads: columns cut over cp; `{U_cp}`: not yet summed over cp. Parameters are replicated over cp and
-their gradients are partial sums, which the data strategy sums over dp x cp at once: nothing is left to reduce here.
+`X[B, S_cp, D]` reads: columns cut over cp; `{U_cp}`: not yet summed over cp; H query heads and G key/value heads of
+width E. Parameters are replicated over cp and their gradients are partial sums, which the data strategy sums over
+dp x cp at once: nothing is left to reduce here.
 
 Bytes sent by a rank of n in one layer and one step (Q: its queries, K: its keys and values together):
 
     ring       send           (n-1) K forward; backward (n-1) K again, and (n-1) K of gradients
     gather     all_gather     (n-1) K forward; backward reduce_scatter (n-1) K
     ulysses    all_to_all     (n-1)/n (Q + K) and (n-1)/n Q forward, and the same backward
-    experts    all_reduce     2 (n-1)/n of B E counts forward: which experts a row's valid tokens chose
+    experts    all_reduce     2 (n-1)/n of a count for each row and expert, forward: the tokens that chose it
 
 With `train.recompute` all of forward is sent once more. A ring holds one block of others at a time and gathers nothing,
 whatever the length of the sequence. In bfloat16 its gradients of keys travel as float32. Ulysses needs a number of
@@ -53,6 +54,7 @@ from sandbox.errors import ConfigError
 from sandbox.mesh import Mesh
 from sandbox.model import Attention, MoE, mixtures
 from sandbox.model.attention import Core
+from sandbox.partition import even
 from sandbox.predict import Prediction
 from sandbox.program import Program
 from sandbox.ring import Gather, Ring
@@ -86,7 +88,7 @@ def check(config: Config, options: Options) -> None:
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` with its columns cut over cp, and attention that reaches all of them."""
-    axis = mesh.axis("cp")
+    axis = mesh.axis(AXIS)
     for module in program.model.modules():
         if isinstance(module, Attention):
             module.core = {
@@ -94,7 +96,6 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
                 "gather": partial(blockwise, Gather, axis),
                 "ulysses": partial(ulysses, module.core, axis),
             }[options.kind]
-
     for moe in mixtures(program.model):
         moe.across = partial(over_columns, moe.across, axis)
 
@@ -187,11 +188,11 @@ def _swap(parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], axis: Axis
 
 def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
     """Bytes that this rank sends in one step. It holds nothing of its own between steps."""
-    axis, train = mesh.axis("cp"), config.train
+    axis, train = mesh.axis(AXIS), config.train
     again = train.recompute != "none"
     width = [len(part) for part in columns(config.data.sequence, axis.size, options.order)]
     own, others = width[axis.rank], config.data.sequence - width[axis.rank]
-    rows = train.batch // mesh.data.size + (mesh.data.rank < train.batch % mesh.data.size)
+    rows = even(train.batch, mesh.data.size)[mesh.data.rank]
     item, sums = {"float64": (8, 8), "float32": (4, 4), "bfloat16": (2, 4)}[train.dtype]
     traffic: dict[str, float] = defaultdict(float)
     for module in model.modules():

@@ -6,14 +6,17 @@
     optimizer M       M[D_dp, F]    -                   -                   M[D_dp, F]
     batch     X       X[B_dp, S]    -                   -                   -
 
-`W[D_dp, F]` reads: rows cut over dp (uneven where n does not divide D); `{U_dp}`: not yet summed over dp.
+`W[D_dp, F]` reads: rows cut over dp and cp (uneven where n does not divide D); `{U_dp}`: not yet summed over them.
 
-Bytes sent by a rank for each microbatch: 3 (n-1)/n P as for ZeRO-3 (units.py tells what is gathered once only). With
+Bytes sent by a rank for each microbatch (n ranks, P bytes of parameters): (n-1)/n P to all_gather parameters in
+forward, as much again for backward, and as much to reduce_scatter gradients: 3 (n-1)/n P, as ZeRO-3, less what need not
+be gathered twice (units.py). With
 `reshard_after_forward: false` parameters stay whole from their first use in a step to the last backward: one gather a
 step instead of two a microbatch, for the memory of all parameters. In bfloat16 parameters and gradients travel as
 bfloat16 and gradients are summed in float32; those that add up before they travel, over microbatches with `sync: last`
-or in a pipeline, do both in float32. With replicas (HSDP) parts are summed over dp_replicate once a step:
-2 (r-1)/r P/n bytes more. Memory: (2 + K)/n P, two whole blocks in use, and what backward has under way.
+or in a pipeline, do both in float32. With r replicas (HSDP) parts are summed over dp_replicate once a step:
+2 (r-1)/r P/n bytes more.
+Memory: (2 + K)/n P (K: 2 for AdamW, 1 for SGD with momentum), two whole blocks in use, and what backward has under way.
 
 The difference to ZeRO-3 is the cut: a piece is rows of its parameter, a box, so checkpoints and optimizers see a
 matrix, and tensor parallelism can cut the other dimension; the price is a copy after each gather.

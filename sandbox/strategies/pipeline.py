@@ -22,7 +22,7 @@ Bubble, the idle part of P ranks' time, for M microbatches, with v stages a rank
 Microbatches whose activations a rank keeps, at most: gpipe and breadth_first M; 1f1b, zb_h1 and zbv P; interleaved
 P + (P-1)/v; dualpipe_v P + 1/2. `schedules.py` makes, checks and measures them.
 
-Bytes sent by a rank in one step: X = B S D elements over all microbatches for each border between a stage of its own
+Bytes sent by a rank in one step: X = M b S D elements over all microbatches for each border between a stage of its own
 and one of another rank: forward where its stage comes first, backward where it comes second. A tied embedding lies on
 the first and the last rank, and each sends the other its gradient, V D, unless that is one rank, as in a V.
 Memory: parameters, gradients and optimizer state of the rank's stages, 1/P of the model.
@@ -85,9 +85,14 @@ def check(config: Config, options: Options) -> None:
     check_stages(config, options)
 
 
+def schedule(config: Config, options: Options) -> Schedule:
+    """Who does what when."""
+    return make(options.schedule, config.mesh.pp.degree, config.train.microbatches, options.each)
+
+
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` with this rank's stages, run by the schedule."""
-    axis, model = mesh.axis("pp"), program.model
+    axis, model = mesh.axis(AXIS), program.model
     assert isinstance(model, Transformer)
     order, stages, tied = _plan(model, program.config, options)
     mine = [stages[stage] for stage in order.held(axis.rank)]
@@ -105,23 +110,6 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
         complete=lambda name: name in pipeline.closing,
         grad_ready=grad_ready,
     )
-
-
-def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
-    """Bytes sent in one step and held after it, by this rank; cuts `model` down to its stages."""
-    axis = mesh.axis("pp")
-    assert isinstance(model, Transformer)
-    order, stages, tied = _plan(model, config, options)
-    item, own = model.dtype.itemsize, next(model.parameters()).element_size()
-    keep(model, [stages[stage] for stage in order.held(axis.rank)])
-    rows = even(config.train.batch, mesh.data.size)[mesh.data.rank]
-    sent = order.messages(axis.rank) * rows * _columns(mesh, config) * config.model.width * item
-    if tied and axis.rank in order.ends:
-        tp = mesh.axis("tp")
-        sent += even(config.model.padded_vocab, tp.size)[tp.rank] * config.model.width * own
-    whole = bytes_of(model.parameters())
-    memory = {"parameters": whole, "gradients": whole, "optimizer": state_copies(config.train) * whole}
-    return Prediction({f"send {axis.name}": sent}, memory)
 
 
 class Pipeline:
@@ -205,9 +193,21 @@ class Pipeline:
             self.mail.hand(Action("B", stage - 1, number), x.grad)
 
 
-def schedule(config: Config, options: Options) -> Schedule:
-    """Who does what when."""
-    return make(options.schedule, config.mesh.pp.degree, config.train.microbatches, options.each)
+def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
+    """Bytes sent in one step and held after it, by this rank; cuts `model` down to its stages."""
+    axis = mesh.axis(AXIS)
+    assert isinstance(model, Transformer)
+    order, stages, tied = _plan(model, config, options)
+    item, own = model.dtype.itemsize, next(model.parameters()).element_size()
+    keep(model, [stages[stage] for stage in order.held(axis.rank)])
+    rows = even(config.train.batch, mesh.data.size)[mesh.data.rank]
+    sent = order.messages(axis.rank) * rows * _columns(mesh, config) * config.model.width * item
+    if tied and axis.rank in order.ends:
+        tp = mesh.axis("tp")
+        sent += even(config.model.padded_vocab, tp.size)[tp.rank] * config.model.width * own
+    whole = bytes_of(model.parameters())
+    memory = {"parameters": whole, "gradients": whole, "optimizer": state_copies(config.train) * whole}
+    return Prediction({f"send {axis.name}": sent}, memory)
 
 
 def _plan(model: Transformer, config: Config, options: Options) -> tuple[Schedule, list[Stage], str | None]:

@@ -5,8 +5,9 @@
     o, down           W          W[D, F_tp]     from its own heads or features, a term of the sum
     o, down           b          b[D]           added once, after the sum
     embedding, head   W          W[V_tp, D]     its own words
-    norm1, norm2, norm, router   w[D], W[E, D]
-    q_norm, k_norm               w[E]           on its own heads: gradient {U_tp}, then summed
+    norm1, norm2, norm           w[D]           whole, on whole columns; with `sequence`, on its own ones: {U_tp}
+    router            W          W[experts, D]  whole, on whole columns
+    q_norm, k_norm               w[E]           on its own heads of width E: gradient {U_tp}, then summed
     hidden state      X          X[B, S, D]     with `sequence`, X[B, S_tp, D] outside attention, MLP and head
     logits            Y          Y[B, S, V_tp]  never gathered
 

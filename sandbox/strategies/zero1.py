@@ -6,11 +6,13 @@
     optimizer M       M[N_dp]       -                   -                       M[N_dp]
     batch     X       X[B_dp, S]    -                   -                       -
 
-N: elements of a bucket, all its parameters flattened end to end; `N_dp`: cut over dp; `{U_dp}`: not yet summed.
+N: elements of a bucket, all its parameters flattened end to end; `N_dp`: cut over dp; `{U_dp}`: not yet summed. The n
+ranks of a cut are those of dp and cp, which hold the same parameters; r replicas of them sum their parts.
 
 Bytes sent by a rank in one step: (n-1)/n P to reduce_scatter the gradients and (n-1)/n P to all_gather the new
-parameters, together what an all_reduce sends (n ranks, P bytes of parameters). With replicas, 2 (r-1)/r P/n more.
-Memory: parameters and gradients in full, 1/n of the optimizer's state: (2 + K/n) P.
+parameters, together what an all_reduce sends (P bytes of parameters). With replicas, 2 (r-1)/r P/n more.
+Memory: parameters and gradients in full, 1/n of the optimizer's state: (2 + K/n) P, where K is 2 for AdamW, and 1 for
+SGD with momentum.
 
 The parameters of a bucket lie in one flat tensor, so that gathering writes them where they are used: no copies.
 Experts that are cut over ep, a part of dp, have buckets of their own, cut over the rest of dp.

@@ -6,11 +6,13 @@
     optimizer M       M[N_dp]       -                   -                       M[N_dp]
     batch     X       X[B_dp, S]    -                   -                       -
 
-N: elements of a bucket, all its parameters flattened end to end; `N_dp`: cut over dp; `{U_dp}`: not yet summed.
+N: elements of a bucket, all its parameters flattened end to end; `N_dp`: cut over dp and cp; `{U_dp}`: not yet summed.
 
-Bytes sent by a rank in one step: as stage 1 for each of M microbatches' reduce_scatter, (n-1)/n P (M + 1); with
-`sync: last`, gradients add up whole until the last microbatch, (n-1)/n 2 P. Memory: parameters in full, 1/n of
-gradients and optimizer state, (1 + (1 + K)/n) P, and during backward the buckets under way.
+Bytes sent by a rank in one step (n ranks, P bytes of parameters): (n-1)/n P to reduce_scatter the gradients of each of
+M microbatches, and as much to all_gather the new parameters: (M + 1) (n-1)/n P. With `sync: last`, gradients add up
+whole until the last microbatch: 2 (n-1)/n P, as stage 1. With replicas, 2 (r-1)/r P/n more, once a step.
+Memory: parameters in full, 1/n of gradients and optimizer state (K: 2 for AdamW, 1 for SGD with momentum):
+(1 + (1 + K)/n) P, and during backward the buckets under way.
 
 Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020, 5.2.
 """

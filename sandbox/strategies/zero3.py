@@ -7,13 +7,15 @@
     batch     X       X[B_dp, S]    -                   -                   -
 
 N: elements of a unit (a block, the embedding, or the final norm with the head), its parameters flattened end to end;
-`N_dp`: cut over dp into ranges of equal size, wherever they begin and end; `{U_dp}`: not yet summed.
+`N_dp`: cut over dp and cp into ranges of equal size, wherever they begin and end; `{U_dp}`: not yet summed.
 
-Bytes sent by a rank for each microbatch: (n-1)/n P to all_gather parameters in forward, as much again for backward, and
-as much to reduce_scatter gradients: 3 (n-1)/n P, less what need not be gathered twice (units.py). In bfloat16
-parameters and gradients travel as bfloat16 and gradients are summed in float32; gradients that add up before they
-travel, over microbatches with `sync: last` or in a pipeline, are float32. Memory: (2 + K)/n P, two whole units while
-they are in use, and what backward has under way. With replicas, 2 (r-1)/r P/n bytes more, once a step.
+Bytes sent by a rank for each microbatch (n ranks, P bytes of parameters): (n-1)/n P to all_gather parameters in
+forward, as much again for backward, and as much to reduce_scatter gradients: 3 (n-1)/n P, less what need not be
+gathered twice (units.py). With r replicas, 2 (r-1)/r P/n more, once a step. In bfloat16 parameters and gradients travel
+as bfloat16 and gradients are summed in float32; gradients that add up before they travel, over microbatches with
+`sync: last` or in a pipeline, are float32.
+Memory: (2 + K)/n P (K: 2 for AdamW, 1 for SGD with momentum), two whole units while they are in use, and what backward
+has under way.
 
 Ranges fill a unit's flat tensor in rank order, so what is gathered lies where it is used: no copies.
 
