@@ -92,21 +92,9 @@ def pytorchjob(job: Job) -> str:
     """A PyTorchJob of Kubeflow's training operator, which tells each pod its number and the first one's address."""
     pod = {"spec": _pod(job, _numbered(job, "$(RANK)", "$(MASTER_ADDR)"), name="pytorch")}
     replicas = {"Master": 1} | ({"Worker": job.nodes - 1} if job.nodes > 1 else {})
-    return _manifest(
-        f"{job.origin} | kubectl apply -f -",
-        {
-            "apiVersion": "kubeflow.org/v1",
-            "kind": "PyTorchJob",
-            "metadata": {"name": job.label},
-            "spec": {
-                "runPolicy": {"cleanPodPolicy": "Running", "backoffLimit": 0},
-                "pytorchReplicaSpecs": {
-                    role: {"replicas": count, "restartPolicy": "Never", "template": pod}
-                    for role, count in replicas.items()
-                },
-            },
-        },
-    )
+    roles = {role: {"replicas": count, "restartPolicy": "Never", "template": pod} for role, count in replicas.items()}
+    policy = {"cleanPodPolicy": "Running", "backoffLimit": 0}
+    return _resource(job, "kubeflow.org/v1", "PyTorchJob", {"runPolicy": policy, "pytorchReplicaSpecs": roles})
 
 
 def jobset(job: Job) -> str:
@@ -115,19 +103,9 @@ def jobset(job: Job) -> str:
     pod = _pod(job, _numbered(job, "$(JOB_COMPLETION_INDEX)", first)) | {"restartPolicy": "Never"}
     indexed = {"completionMode": "Indexed", "parallelism": job.nodes, "completions": job.nodes, "backoffLimit": 0}
     node = {"name": "node", "replicas": 1, "template": {"spec": indexed | {"template": {"spec": pod}}}}
-    return _manifest(
-        f"{job.origin} | kubectl apply -f -",
-        {
-            "apiVersion": "jobset.x-k8s.io/v1alpha2",
-            "kind": "JobSet",
-            "metadata": {"name": job.label},
-            "spec": {
-                "network": {"enableDNSHostnames": True, "subdomain": job.label, "publishNotReadyAddresses": True},
-                "failurePolicy": {"maxRestarts": 0},
-                "replicatedJobs": [node],
-            },
-        },
-    )
+    network = {"enableDNSHostnames": True, "subdomain": job.label, "publishNotReadyAddresses": True}
+    spec = {"network": network, "failurePolicy": {"maxRestarts": 0}, "replicatedJobs": [node]}
+    return _resource(job, "jobset.x-k8s.io/v1alpha2", "JobSet", spec)
 
 
 def compose(job: Job) -> str:
@@ -213,6 +191,11 @@ def _pod(job: Job, arguments: list[str], name: str = "node") -> dict[str, Any]:
         "resources": {"limits": limits},
     }
     return {"containers": [container]}
+
+
+def _resource(job: Job, version: str, kind: str, spec: dict[str, Any]) -> str:
+    head = {"apiVersion": version, "kind": kind, "metadata": {"name": job.label}}
+    return _manifest(f"{job.origin} | kubectl apply -f -", {**head, "spec": spec})
 
 
 def _manifest(origin: str, tree: dict[str, Any]) -> str:
