@@ -74,7 +74,7 @@ class Bucket:
         param.grad = None
 
     def take(self) -> Tensor:
-        """Hand out the flat tensor. What has no gradient has gradient zero, not none."""
+        """Hand out the flat tensor [numel]. What has no gradient has gradient zero, not none."""
         for name in self.params.keys() - self._filled:
             self.collect(name)  # what earlier passes left in a parameter that the last one did not use
         first = self.params[self.first]
@@ -182,7 +182,7 @@ class ScatterSum:
         self._replicas: list[Pending] = []
 
     def launch(self, number: int, flat: Tensor, sizes: list[int], final: bool) -> None:
-        """Start to reduce bucket `number`; `flat` holds all parts in rank order."""
+        """Start to reduce bucket `number`; `flat` [sum(sizes)] holds all parts in rank order."""
         while self._scatters:
             self._land()
         self._scatters.append((number, final, reduce_scatter(flat, sizes, self._shards[number], self._dtype)))

@@ -49,13 +49,13 @@ class Partition:
         return places
 
     def unflatten(self, flat: Tensor, tensors: Mapping[str, Tensor]) -> None:
-        """Copy all parts in rank order into whole tensors by name."""
+        """Copy all parts, laid end to end in rank order in `flat` [sum(sizes)], into whole tensors by name."""
         for name, places in self.places.items():
             for at, start, stop in places:
                 tensors[name].view(-1)[start:stop] = flat[at : at + stop - start]
 
     def pieces(self, part: Tensor, rank: int) -> dict[str, Tensor]:
-        """Views of `part`, the part of `rank`, by parameter."""
+        """Views of `part` [sizes[rank]], the part of `rank`, by parameter."""
         sizes = [stop - start for start, stop in self.spans[rank].values()]
         names = self.spans[rank]
         return {name: view.view(self._shape(name, rank)) for name, view in zip(names, part.split(sizes), strict=True)}

@@ -57,9 +57,10 @@ class Border:
         return x, batch.take_columns(slice(start, start + x.shape[1]))
 
     def linears(self, x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-        """Layers that are cut by output features, all of the same input.
+        """Layers that are cut by output features, all of the same input: [..., D] -> [..., F_n] each.
 
-        In backward the sum over ranks of the input's gradient is under way while the weights' gradients are computed.
+        With `sequence` it is [B, S_n, D], and is gathered. In backward the sum over ranks of the input's gradient is
+        under way while the weights' gradients are computed.
         """
         parameters = [p if p is None else p.to(x.dtype) for layer in layers for p in (layer.weight, layer.bias)]
         out: tuple[Tensor, ...] = _run(
@@ -68,12 +69,12 @@ class Border:
         return out
 
     def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`x` twice: for what all ranks do alike on whole columns, and for what each does for its features."""
+        """`x` twice, [B, S, D]: for what all ranks do alike, and for what each does for its features."""
         out: tuple[Tensor, Tensor] = _run(_Enter, x, tuple(self.columns) if self.sequence else None, self.axis)
         return out
 
     def leave(self, x: Tensor) -> Tensor:
-        """The sum over ranks of what each computed from its own features. Takes `x` over: it may be summed in place."""
+        """The sum over ranks of `x` [B, S, D], a term on each. Takes `x` over: it may be summed in place."""
         out: Tensor = _run(_Scatter, x, tuple(self.columns), self.axis) if self.sequence else _run(_Leave, x, self.axis)
         return out
 

@@ -39,6 +39,7 @@ __all__ = ["Cut", "gather_on_use", "predict_units"]
 AXES = ("dp_shard", "ep", "cp")
 
 Cut = Callable[[Mapping[str, nn.Parameter], int], Partition]
+"""(parameters of a unit, number of ranks) -> what each rank holds: `by_ranges` or `by_rows` of partition.py."""
 
 
 @dataclass
@@ -151,7 +152,11 @@ class Shard:
 def gather_on_use(
     program: Program, mesh: Mesh, cut: Cut, *, reshard_after_forward: bool, each: bool, prefetch: bool
 ) -> Program:
-    """Return `program` with parameters, gradients and optimizer state cut over dp_shard x cp by `cut`."""
+    """Return `program` with parameters, gradients and optimizer state cut over dp_shard x cp by `cut`.
+
+    `reshard_after_forward`: free a unit between forward and backward. `each`: reduce gradients after each microbatch,
+    not after the last only. `prefetch`: start to gather the next unit while this one computes.
+    """
     over, units = summed_over(program.model, mesh, *AXES), cut_units(program.model)
     compute = cast(torch.dtype, program.model.dtype)
     reshard_after_forward &= program.config.mesh.pp.degree == 1  # a pipeline would gather anew for each microbatch

@@ -107,12 +107,12 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
 
 
 def over_columns(inner: Callable[[Tensor], Tensor], axis: Axis, counts: Tensor) -> Tensor:
-    """What is counted in a row, over all its columns."""
+    """What is counted in the rows of this rank's columns, [B, experts], over all columns."""
     return all_reduce(inner(counts), axis).wait()
 
 
 def columns(sequence: int, ranks: int, order: str) -> list[Tensor]:
-    """The columns of each rank; their numbers differ by one at most."""
+    """The columns of each rank, [S_cp] each; their numbers differ by one at most."""
     if order == "contiguous":
         return list(torch.arange(sequence).tensor_split(ranks))
     chunks = torch.arange(sequence).tensor_split(2 * ranks)
@@ -126,13 +126,16 @@ def held(mesh: Mesh, config: Config) -> int:
 
 
 def blockwise(how: type[Ring | Gather], axis: Axis, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
-    """Attention to the columns of all ranks, block by block."""
+    """Attention to all ranks' columns, block by block: [B, H, S_cp, E] and twice [B, G, S_cp, E] -> [B, H, S_cp, E]."""
     out: Tensor = how.apply(q, torch.stack((k, v)), batch, axis)  # type: ignore[no-untyped-call]
     return out
 
 
 def ulysses(inner: Core, axis: Axis, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
-    """Exchange columns for heads, attend to all columns with the heads that came, and exchange back."""
+    """Exchange columns for heads, attend to all columns with the heads that came, and exchange back.
+
+    [B, H, S_cp, E] and twice [B, G, S_cp, E] -> [B, H, S_cp, E]; in between [B, H_cp, S, E] and [B, G_cp, S, E].
+    """
     assert isinstance(batch, Share)
     heads, ratio, owners = q.shape[1] // axis.size, q.shape[1] // k.shape[1], range(axis.size)
     spans = head_spans(q.shape[1], k.shape[1], axis.size)
