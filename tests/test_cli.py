@@ -355,8 +355,10 @@ def test_verifying_says_held_and_writes_verdicts(sandbox: Run, config: Path, tmp
 def test_a_report_of_verdicts_and_a_run_is_one_page(sandbox: Run, config: Path, tmp_path: Path) -> None:
     assert sandbox("verify", config, "--json", "v.json", "--report", "v.html").code == 0
     assert sandbox("run", config, "--set", "train.steps=2", "--set", "train.eval_batches=1").code == 0
-    answer = sandbox("report", "v.json", "runs/small", "--out", "both.html")
-    assert (answer.code, answer.out) == (0, "wrote both.html\n")
+    answer = sandbox("report", "v.json", "runs/small", "--out", "both.html", "--table", "v.md")
+    assert (answer.code, answer.out) == (0, "wrote both.html\nwrote v.md\n")
+    *_, line = (tmp_path / "v.md").read_text().splitlines()
+    assert line.startswith("| zero2 | native | 1 of 1 | 2 | float64 | ")
     for name in ("v.html", "both.html"):
         page = (tmp_path / name).read_text()
         assert "small" in page

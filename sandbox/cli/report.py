@@ -22,6 +22,10 @@ def report(
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE", help="Draw the verdicts as one figure too, .png or .svg."),
     ] = None,
+    table: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Write the verdicts as a table in Markdown too."),
+    ] = None,
 ) -> None:
     """Draw runs and verdicts as one HTML page that needs no network."""
     from pydantic import ValidationError
@@ -30,7 +34,7 @@ def report(
     from sandbox.report.record import RunRecord
     from sandbox.verdict import Verdicts
 
-    for option, file in (("--out", out), ("--picture", picture)):
+    for option, file in (("--out", out), ("--picture", picture), ("--table", table)):
         writable(option, file)
     verdicts, runs = Verdicts(), []
     for source in sources:
@@ -56,3 +60,8 @@ def report(
 
         hero(picture, verdicts)
         terminal().print(f"wrote {picture}")
+    if table:
+        from sandbox.report import markdown
+
+        table.write_text(markdown.table(verdicts), encoding="utf-8")
+        terminal().print(f"wrote {table}")
