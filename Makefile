@@ -13,7 +13,7 @@ SHORT := --set train.steps=60
 RUNS := unsharded ddp zero1 zero2 zero3 fsdp
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint unit parity compositions engines thorough bench picture pictures docker clean
+.PHONY: help demo test lint unit parity compositions engines thorough cluster bench picture pictures docker clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,7 +35,7 @@ unit: .venv/.installed  ## Tests of one process
 	$(PYTEST) -m unit
 
 parity: .venv/.installed  ## Tests of several processes, but for those below
-	$(PYTEST) -m "parity and not compositions and not engines and not thorough"
+	$(PYTEST) -m "parity and not compositions and not engines and not thorough and not cluster"
 
 compositions: .venv/.installed  ## Plans of two to five axes, on up to 32 ranks; five minutes
 	$(PYTEST) -m "compositions and not engines"
@@ -45,6 +45,10 @@ engines: .venv/.installed  ## FairScale, Accelerate and DeepSpeed; five minutes
 
 thorough: .venv/.installed  ## Corners of each strategy, plans and faults drawn at random; half an hour
 	$(PYTEST) -m "parity and thorough and not engines"
+
+cluster: .venv/.installed  ## Hosts emulated on this machine, and a cluster of containers; as root, five minutes
+	docker/install.sh
+	$(BIN)/pytest -m cluster
 
 bench: .venv/.installed  ## Step time against torch's own implementations, and bubbles against theory
 	$(BIN)/python benchmarks/step_time.py
@@ -59,7 +63,8 @@ pictures: .venv/.installed  ## Draw docs/pictures from what the strategies say o
 	$(BIN)/python docs/draw.py
 
 docker: .venv/.installed  ## Build the image, and verify a config in a cluster of its containers
-	PYTHON=$(BIN)/python PATH="$(CURDIR)/$(BIN):$$PATH" docker/build.sh --twice
+	PYTHON=$(BIN)/python docker/build.sh --twice
+	PATH="$(CURDIR)/$(BIN):$$PATH" docker/cluster.sh
 
 clean:  ## Remove .venv, runs and caches
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -19,8 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.parent.name == "thorough":
-            item.add_marker("thorough")
+        if item.path.parent.name in ("thorough", "cluster"):
+            item.add_marker(item.path.parent.name)
     without = [item.nodeid for item in items if len(TIERS & {mark.name for mark in item.iter_markers()}) != 1]
     if without:
         raise pytest.UsageError("mark these unit or parity, and not both:\n" + "\n".join(without))
