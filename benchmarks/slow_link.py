@@ -6,7 +6,8 @@ shows against the same step with nothing slowed: a step as long as the larger of
 Bytes are those that the hosts' network cards counted, that of the busier host, beside what the strategies' formulas say
 of one rank. All trainers live in the same ranks, and their steps take turns.
 
-As root: python benchmarks/slow_link.py --rate 100mbit --rounds 3 --figure docs/slow-link.svg
+As root: python benchmarks/slow_link.py --rounds 3 --json runs/slow-link.json --figure docs/slow-link.svg
+Then the page: sandbox report runs/slow-link.json
 """
 
 import argparse
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sandbox.config import Config
+from sandbox.report.links import SlowLink
 from sandbox.runtime import Member, attach, attached, leave
 
 CLUSTER = Path(__file__).parents[1] / "launch/cluster/cluster.sh"
@@ -32,11 +34,15 @@ ONE_EACH: dict[str, dict[str, Any]] = {  # a rank on each of two hosts: all that
     "ddp": {"dp": {"degree": 2, "strategy": "ddp", "bucket_mb": 1}},
     "ddp, one bucket": {"dp": {"degree": 2, "strategy": "ddp", "bucket_mb": 1000}},
     "zero1": {"dp": {"degree": 2, "strategy": "zero1", "bucket_mb": 1}},
+    "zero1, one bucket": {"dp": {"degree": 2, "strategy": "zero1", "bucket_mb": 1000}},
     "zero2": {"dp": {"degree": 2, "strategy": "zero2", "bucket_mb": 1}},
     "zero2, one bucket": {"dp": {"degree": 2, "strategy": "zero2", "bucket_mb": 1000}},
     "zero3": {"dp": {"degree": 2, "strategy": "zero3"}},
     "zero3, no prefetch": {"dp": {"degree": 2, "strategy": "zero3", "prefetch": False}},
     "fsdp": {"dp": {"degree": 2, "strategy": "fsdp"}},
+    "fsdp, no prefetch": {"dp": {"degree": 2, "strategy": "fsdp", "prefetch": False}},
+    "context, ring": {"cp": {"degree": 2}},
+    "pipeline, 1f1b": {"pp": {"degree": 2}},
 }
 TWO_EACH: dict[str, dict[str, Any]] = {  # two ranks on each: what crosses depends on which axis does
     "fsdp over all": {"dp": {"degree": 4, "strategy": "fsdp"}},
@@ -44,6 +50,10 @@ TWO_EACH: dict[str, dict[str, Any]] = {  # two ranks on each: what crosses depen
     "tp over all": {"tp": {"degree": 4}},
     "tp inside, ddp between": {"dp": {"degree": 2, "bucket_mb": 1}, "tp": {"degree": 2}},
 }
+OTHERS = {  # what each should beat: overlap off, or no hierarchy
+    "hsdp: shards inside": "fsdp over all",
+    "tp inside, ddp between": "tp over all",
+} | {name: other for name in ONE_EACH for other in (f"{name}, one bucket", f"{name}, no prefetch") if other in ONE_EACH}
 
 
 def main() -> None:
@@ -66,13 +76,13 @@ def main() -> None:
     rows = [row for gpus in (1, 2) for row in hosts(gpus, args.rate)]
     table = Table("ranks", "strategy", "formula MB", "crossed MB", "bytes/rate s", "step s", "fast link s", box=None)
     for row in rows:
-        row["least"] = row["crossed"] / rate
+        row |= {"least": row["crossed"] / rate, "other": OTHERS.get(row["name"], "")}
         sent = f"{row['sent'] / 1e6:.2f}"
         numbers = [f"{row[key]:.2f}" for key in ("least", "slow", "fast")]
         table.add_row(row["ranks"], row["name"], sent, f"{row['crossed'] / 1e6:.2f}", *numbers)
     Console(width=120).print(table)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        args.json.write_text(SlowLink(rate=args.rate, steps=rows).model_dump_json(indent=1), encoding="utf-8")
     if args.figure:
         draw(args.figure, rows, args.rate)
     slow = {row["name"]: row["slow"] for row in rows}
@@ -94,7 +104,7 @@ def hosts(gpus: int, rate: str) -> list[dict[str, Any]]:
         results.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{"))))
     slow, fast = results
     return [
-        {**row, "ranks": f"2 x {gpus}", "slow": row["seconds"], "fast": other["seconds"]}
+        {"ranks": f"2 x {gpus}", "slow": row.pop("seconds"), "fast": other["seconds"]} | row
         for row, other in zip(slow, fast, strict=True)
     ]
 
@@ -111,7 +121,7 @@ def measure(member: Member, kinds: dict[str, dict[str, Any]], batch: int, rounds
 
     trainers, configs = [], []
     for mesh in kinds.values():
-        train = {"batch": batch, "microbatches": 1}
+        train = {"batch": batch, "microbatches": 4 if "pp" in mesh else 1}
         config = Config.model_validate({"mesh": mesh, "model": MODEL, "data": {"sequence": 128}, "train": train})
         placed = Mesh(config.mesh.degrees, member.rank, member.device)
         trainers.append(Trainer(config, placed, torch.device(member.device), Corpus.load(config.data)))

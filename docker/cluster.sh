@@ -1,24 +1,33 @@
 #!/usr/bin/env bash
-# Start the containers of a compose file, and end with the first status of one that is not 0, else with 0 when all have ended.
+# Start the containers of a compose file; end with the first status of one that is not 0, else with 0 when all have ended.
 #
-#   docker/cluster.sh [COMPOSE FILE]    docker/compose.yaml: a config verified by two nodes of two ranks
+#   docker/cluster.sh [FILE]    - is standard input, for `sandbox launch --on compose`;
+#                               left out: docker/compose.yaml, a config that two nodes of two ranks verify
 #
-# `compose up` itself asks one container alone, or stops the others when the first ends, be it well. Nothing is left.
+# `compose up` by itself asks one container alone, and stops it if another ended first, be it well. Nothing is left.
 # SANDBOX_IMAGE: the image's name.
 set -euo pipefail
-file=$(realpath "${1:-$(dirname "$0")/compose.yaml}")
+file=${1:-$(dirname "$0")/compose.yaml}
+[ "$file" != - ] || file=/dev/stdin
+services=$(<"$file")
 cd "$(dirname "$0")/.."
 # shellcheck source-path=SCRIPTDIR source=engine.sh
 . docker/engine.sh
-cluster() { compose --project-name "sandbox-cluster-$$" --file "$file" "$@"; }
-trap 'cluster down >/dev/null 2>&1' EXIT
+folder=$(mktemp -d)
+cluster() { compose --project-name "sandbox-cluster-$$" --file "$folder/compose.yaml" "$@"; }
+# shellcheck disable=SC2329 # by the trap
+finish() {
+    cluster down --timeout 1 >/dev/null 2>&1 || :
+    rm -r "$folder"
+}
+trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
+printf '%s\n' "$services" >"$folder/compose.yaml"
 cluster up --detach >&2
-containers=$(cluster ps --quiet)
 declare -A waits
-for container in $containers; do
+for container in $(cluster ps --quiet); do
     (exit "$("$engine" wait "$container")") &
     waits[$!]=$container
 done
@@ -29,6 +38,6 @@ while [ ${#waits[@]} != 0 ] && [ "$status" = 0 ]; do
     wait -n -p ended "${!waits[@]}" || status=$?
     unset "waits[$ended]"
 done
-cluster stop >/dev/null 2>&1
+cluster stop --timeout 2 >/dev/null 2>&1 || :
 wait "$logs" || :
 exit "$status"

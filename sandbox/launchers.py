@@ -109,7 +109,7 @@ def jobset(job: Job) -> str:
 
 
 def compose(job: Job) -> str:
-    """A compose file: a container a node. `docker compose up --exit-code-from node0` ends with the run's status."""
+    """A compose file: a container a node. docker/cluster.sh starts it, and ends with the run's status."""
     services = {
         f"node{node}": {
             "image": f"${{SANDBOX_IMAGE:-{job.image}}}",
@@ -119,8 +119,7 @@ def compose(job: Job) -> str:
         }
         for node in range(job.nodes)
     }
-    origin = f"{job.origin} | docker compose -f - up --exit-code-from node0"
-    return _manifest(origin, {"name": job.label, "services": services})
+    return _manifest(f"{job.origin} | docker/cluster.sh -", {"services": services})
 
 
 def accelerate(job: Job) -> str:

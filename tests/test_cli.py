@@ -365,6 +365,14 @@ def test_a_report_of_verdicts_and_a_run_is_one_page(sandbox: Run, config: Path, 
         assert "http://" not in page.replace("http://www.w3.org", "")
 
 
+@unit
+def test_a_report_of_a_slow_link(sandbox: Run, tmp_path: Path) -> None:
+    step = {"ranks": "2 x 1", "name": "zero7", "sent": 9, "crossed": 9, "least": 0.1, "slow": 0.2, "fast": 0.1}
+    (tmp_path / "link.json").write_text(json.dumps({"rate": "100mbit", "steps": [step]}))
+    assert sandbox("report", "link.json", "--out", "page.html").code == 0
+    assert "zero7" in (tmp_path / "page.html").read_text()
+
+
 @parity
 def test_a_mismatch_ends_with_1(sandbox: Run, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sandbox.verify import verifier

@@ -23,6 +23,7 @@ from sandbox.errors import ConfigError, SandboxError
 from sandbox.report import html, words
 from sandbox.report.cases import groups
 from sandbox.report.hero import hero
+from sandbox.report.links import LinkStep, SlowLink
 from sandbox.report.picture import pictures
 from sandbox.report.record import RunRecord
 from sandbox.report.tables import Report
@@ -177,6 +178,30 @@ def runs() -> list[RunRecord]:
     ]
 
 
+def links() -> SlowLink:
+    """Two hosts at 12.5 MB/s: with all of 0.4 s hidden, with nothing of it; and hierarchy against none."""
+
+    def step(ranks: str, name: str, crossed: float, slow: float, other: str = "") -> LinkStep:
+        return LinkStep(
+            ranks=ranks,
+            name=name,
+            sent=7_500_000,
+            crossed=crossed,
+            least=crossed / 12.5e6,
+            slow=slow,
+            fast=0.4,
+            other=other,
+        )
+
+    steps = [
+        step("2 x 1", "ddp", 7.5e6, 0.6, "ddp, one bucket"),
+        step("2 x 1", "ddp, one bucket", 7.5e6, 1.0),
+        step("2 x 2", "hsdp", 7.5e6, 0.8, "fsdp"),
+        step("2 x 2", "fsdp", 20e6, 2.0),
+    ]
+    return SlowLink(rate="100mbit", steps=steps)
+
+
 def terminal(verdicts: Verdicts, width: int = 140) -> str:
     console = Console(width=width, force_terminal=False)
     with console.capture() as capture:
@@ -186,7 +211,7 @@ def terminal(verdicts: Verdicts, width: int = 140) -> str:
 
 def page(folder: Path, verdicts: Verdicts, records: list[RunRecord] | None = None) -> str:
     path = folder / "new" / "report.html"
-    html.write(path, verdicts, runs=records or [], when=date(2026, 1, 31))
+    html.write(path, verdicts, runs=records or [], links=[links()], when=date(2026, 1, 31))
     return path.read_text(encoding="utf-8")
 
 
@@ -321,6 +346,17 @@ class TestPage:
         text = page(tmp_path, sample())
         for case in sample().cases:
             assert f'title="{case.name}">{case.name}<' in text
+
+    def test_shows_what_a_slow_link_does(self, tmp_path: Path) -> None:
+        text = " ".join(page(tmp_path, sample()).split())
+        assert "send each other 100mbit" in text
+        for name, figures in {
+            "ddp": "7.15 MiB crossed in 0.6 s at least, 100 % hidden, <b>1.67 x</b> as fast as ddp, one bucket",
+            "ddp, one bucket": "7.15 MiB crossed in 0.6 s at least, 0 % hidden",
+            "hsdp": "7.15 MiB crossed in 0.6 s at least, 50 % hidden, <b>2.50 x</b> as fast as fsdp",
+            "fsdp": "19.1 MiB crossed in 1.6 s at least, 0 % hidden",
+        }.items():
+            assert f'<span>{name}</span><span class="quiet">{figures}</span>' in text
 
     def test_escapes_what_it_was_given(self, tmp_path: Path) -> None:
         evil = "<script>alert('&')</script>"
@@ -480,7 +516,7 @@ class TestRunRecord:
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])
-    html.write(out / "report.html", sample(), runs=runs())
+    html.write(out / "report.html", sample(), runs=runs(), links=[links()])
     hero(out / "hero.png", sample())
     hero(out / "hero.svg", sample())
     Console().print(Report(sample()))

@@ -12,7 +12,9 @@ __all__ = ["report"]
 
 
 def report(
-    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Run folders, and JSON of verify --json.")],
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE...", help="Run folders, and JSON of verify --json or slow_link.py.")
+    ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the page goes.")] = Path("report.html"),
     reference: Annotated[
         Optional[Path],  # noqa: UP045
@@ -28,24 +30,28 @@ def report(
     ] = None,
 ) -> None:
     """Draw runs and verdicts as one HTML page that needs no network."""
-    from pydantic import ValidationError
+    from pydantic import TypeAdapter, ValidationError
 
     from sandbox.report.html import write
+    from sandbox.report.links import SlowLink
     from sandbox.report.record import RunRecord
     from sandbox.verdict import Verdicts
 
     for option, file in (("--out", out), ("--picture", picture), ("--table", table)):
         writable(option, file)
-    verdicts, runs = Verdicts(), []
+    verdicts, runs, links = Verdicts(), [], []
     for source in sources:
         if source.is_dir():
             runs.append(RunRecord.read(source, reference=reference))
             continue
         try:
-            found = Verdicts.model_validate_json(source.read_bytes())
+            found = TypeAdapter[Verdicts | SlowLink](Verdicts | SlowLink).validate_json(source.read_bytes())
         except (OSError, ValidationError) as error:
             text = error.strerror if isinstance(error, OSError) else "not the JSON of verify --json"
             raise ConfigError(f"{source}: cannot be read ({text}).") from None
+        if isinstance(found, SlowLink):
+            links.append(found)
+            continue
         verdicts = Verdicts(
             versions=verdicts.versions | found.versions,
             cases=[*verdicts.cases, *found.cases],
@@ -53,7 +59,7 @@ def report(
         )
     from sandbox.report.picture import pictures
 
-    write(out, verdicts, runs=runs, pictures=pictures(verdicts.cases))
+    write(out, verdicts, runs=runs, pictures=pictures(verdicts.cases), links=links)
     terminal().print(f"wrote {out}")
     if picture:
         from sandbox.report.hero import hero

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from sandbox.errors import SandboxError
 from sandbox.report import charts, words
 from sandbox.report.cases import PARTS, groups, representatives
+from sandbox.report.links import SlowLink
 from sandbox.report.record import RunRecord
 from sandbox.verdict import Verdict, Verdicts
 
@@ -28,9 +29,10 @@ def write(
     *,
     runs: Sequence[RunRecord] = (),
     pictures: Sequence[tuple[Verdict, str]] = (),
+    links: Sequence[SlowLink] = (),
     when: date | None = None,
 ) -> None:
-    """Write the page about `verdicts`, and about `runs` if any, to `path`. `when` is today by default.
+    """Write the page about `verdicts`, and about `runs` and `links` if any, to `path`. `when` is today by default.
 
     `pictures` are cases, each with an SVG of what its ranks hold and do.
 
@@ -60,6 +62,7 @@ def write(
         traffic=charts.traffic(representatives(cases, lambda case: bool(case.traffic))),
         timelines=[charts.timeline(case) for case in representatives(cases, lambda case: any(case.timeline))],
         pictures=pictures,
+        links=links,
         runs=[charts.training(run) for run in runs if len(run.losses) > 1],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
