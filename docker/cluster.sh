@@ -14,7 +14,8 @@ cd "$(dirname "$0")/.."
 # shellcheck source-path=SCRIPTDIR source=engine.sh
 . docker/engine.sh
 folder=$(mktemp -d)
-cluster() { compose --project-name "sandbox-cluster-$$" --file "$folder/compose.yaml" "$@"; }
+name=sandbox-cluster-$$
+cluster() { compose --project-name "$name" --file "$folder/compose.yaml" "$@"; }
 # shellcheck disable=SC2329 # by the trap
 finish() {
     cluster down --timeout 1 >/dev/null 2>&1 || :
@@ -27,11 +28,11 @@ trap 'exit 143' TERM
 printf '%s\n' "$services" >"$folder/compose.yaml"
 cluster up --detach >&2
 declare -A waits
-for container in $(cluster ps --quiet); do
+for container in $("$engine" ps --all --quiet --filter "label=com.docker.compose.project=$name"); do
     (exit "$("$engine" wait "$container")") &
     waits[$!]=$container
 done
-cluster logs --follow &
+cluster logs --follow --no-color &
 logs=$!
 status=0
 while [ ${#waits[@]} != 0 ] && [ "$status" = 0 ]; do

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,19 @@ ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "launch/cluster/cluster.sh"
 
 pytestmark = pytest.mark.parity
-root = pytest.mark.skipif(os.geteuid() != 0, reason="an emulated cluster needs root: it makes network namespaces")
+
+
+def hindrance() -> str:
+    """Why no cluster can be emulated here."""
+    if os.geteuid() != 0:
+        return "an emulated cluster needs root: it makes network namespaces"
+    if absent := [tool for tool in ("ip", "tc", "unshare", "nsenter", "setpriv") if not shutil.which(tool)]:
+        return f"an emulated cluster needs {', '.join(absent)} (packages iproute2 and util-linux)"
+    made = subprocess.run(["unshare", "--net", "--mount", "true"], capture_output=True, text=True, check=False)
+    return f"an emulated cluster needs network namespaces: {made.stderr.strip()}" if made.returncode else ""
+
+
+root = pytest.mark.skipif(bool(hindrance()), reason=hindrance())
 
 # As Debian installs itself: the machine's own name is 127.0.1.1; the others are where they are.
 DEBIAN = """
