@@ -22,6 +22,7 @@ elif [ "$(id -u)" = 0 ] && command -v buildah >/dev/null && command -v podman >/
     engine=podman
     # chroot, runc and low limits: what works inside a container or a small virtual machine, too
     limits="--ulimit nofile=1024:1024 --ulimit nproc=4096:4096"
+    [ -S /run/systemd/private ] || limits+=" --no-healthcheck" # for which podman needs systemd
     build() { buildah bud --isolation chroot --format docker --pull-never "$@"; }
     # shellcheck disable=SC2086 # several words
     run() { podman --runtime runc run --rm $limits "$@"; }
