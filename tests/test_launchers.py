@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -151,6 +152,23 @@ def test_the_dockerfile_is_hadolint_clean() -> None:
     command = [Path(sys.executable).parent / "hadolint", ROOT / "docker/Dockerfile"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_base_of_the_image_is_pinned_by_its_digest() -> None:
+    text = (ROOT / "docker/Dockerfile").read_text()
+    assert re.search(r"^ARG BASE_IMAGE=\S+@sha256:[0-9a-f]{64}$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("script", ["build.sh", "cluster.sh"])
+def test_where_nothing_runs_containers_a_status_of_its_own_and_the_way_out_are_given(
+    tmp_path: Path, script: str
+) -> None:
+    for name in ("bash", "dirname", "id"):
+        (tmp_path / name).symlink_to(shutil.which(name) or name)
+    command = [tmp_path / "bash", ROOT / "docker" / script]
+    done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 69
+    assert "Start docker; or, as root, docker/install.sh installs" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
