@@ -25,8 +25,9 @@ import functools
 from sandbox import verify
 from sandbox.cli import main
 from sandbox.verify.faults import FAULTS
-verify.Case = functools.partial(verify.Case, prepare=FAULTS["divided_twice"].plant)
-main()
+verify.Case = functools.partial(verify.Case, prepare=FAULTS["summed_for_averaged"].plant)
+if __name__ == "__main__":
+    main()
 """
 
 
