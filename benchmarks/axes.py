@@ -7,24 +7,23 @@ holds waiting, bubbles and copies, and means little if there are fewer cores tha
 rank tells who does more work, on a machine that others use too.
 
 Run: python benchmarks/axes.py --ranks 2 --rounds 20 --groups tensor pipeline context
+Exit code 1: a ratio is above its bound.
 """
 
-import argparse
-import json
 import statistics
-import sys
 import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from ratios import Ratio, command_line, end, mark, milliseconds
 from rich.console import Console
 from rich.table import Table
-from work import DATA, MODEL
-from work_axes import one_document, race
+from work import DATA, MODEL, race
+from work_ring import one_document
 
 from sandbox.runtime import launch
 
 PLAIN = "one process"
+NAMES = ["tensor", "pipeline", "context"]
 
 
 class Group(NamedTuple):
@@ -85,13 +84,9 @@ def versus(racers: dict[str, Any]) -> list[tuple[str, str, float]]:
 
 
 def main() -> None:
-    """Print the tables; exit 1 if a ratio is above its bound."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--sequence", type=int, default=4096, help="columns in the group context")
-    parser.add_argument("--groups", nargs="+", default=["tensor", "pipeline", "context"])
-    parser.add_argument("--json", type=Path)
+    parser = command_line(__doc__, ranks=2, rounds=20, json=True)
+    parser.add_argument("--sequence", type=int, default=4096, help="columns in the group context (default: 4096)")
+    parser.add_argument("--groups", nargs="+", default=NAMES, choices=NAMES, help="what to measure (default: all)")
     args = parser.parse_args()
     rows, good = [], True
     with tempfile.TemporaryDirectory() as folder:
@@ -101,33 +96,27 @@ def main() -> None:
             racers = {PLAIN: {}, **group.racers}
             measured = launch(args.ranks, race, racers, group.common, args.rounds, timeout=600)[0]
             table = Table("ranks", name, "ms", "processor ms", "of one process", "collectives", "us each", box=None)
-            whole = measured[PLAIN][0]
+            whole = measured[PLAIN].seconds
             for racer, (seconds, used, count) in measured.items():
-                low, ratio, high = quartiles(seconds, whole)
+                ratio = Ratio.of(seconds, whole)
                 extra = statistics.median(a - b / args.ranks for a, b in zip(seconds, whole, strict=True))
                 ours = not racer.startswith((PLAIN, "torch"))  # only ours are counted
                 counted = (str(count), f"{extra / count * 1e6:.0f}") if ours else ("-", "-")
-                times = [f"{statistics.median(some) * 1e3:.0f}" for some in (seconds, used)]
-                table.add_row(str(args.ranks), racer, *times, f"{ratio:.3f} ({low:.3f} to {high:.3f})", *counted)
-                rows.append({"ranks": args.ranks, "racer": racer, "s": statistics.median(seconds), "of_one": ratio})
+                times, among = (milliseconds(seconds), milliseconds(used)), f"{ratio.middle:.3f} ({ratio.quartiles()})"
+                table.add_row(str(args.ranks), racer, *times, among, *counted)
+                row = {"ranks": args.ranks, "racer": racer, "s": statistics.median(seconds)}
+                rows.append(row | {"of_one": ratio.middle})
             Console(width=120).print(table)
             for mine, theirs, bound in group.pairs:
-                low, ratio, high = quartiles(measured[mine][0], measured[theirs][0])
-                work = quartiles(measured[mine][1], measured[theirs][1])[1]
-                good &= ratio <= bound
-                mark, among = "✓" if ratio <= bound else "✗", f"{low:.3f} to {high:.3f}; bound {bound}"
-                print(f"{mark} {mine} / {theirs}: {ratio:.3f} ({among}), processor {work:.3f}")
-                row = {"ranks": args.ranks, "ours": mine, "theirs": theirs, "ratio": ratio, "bound": bound}
+                ratio = Ratio.of(measured[mine].seconds, measured[theirs].seconds)
+                work = Ratio.of(measured[mine].processor, measured[theirs].processor).middle
+                fits = ratio.middle <= bound
+                good &= fits
+                among = f"{ratio.quartiles()}; bound {bound}"
+                print(f"{mark(fits)} {mine} / {theirs}: {ratio.middle:.3f} ({among}), processor {work:.3f}")
+                row = {"ranks": args.ranks, "ours": mine, "theirs": theirs, "ratio": ratio.middle, "bound": bound}
                 rows.append(row | {"processor_ratio": work})
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    sys.exit(not good)
-
-
-def quartiles(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    """Of the ratios in each round."""
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(ours, theirs, strict=True)], n=4)
-    return low, middle, high
+    end(good, rows, args.json)
 
 
 if __name__ == "__main__":

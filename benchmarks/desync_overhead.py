@@ -1,12 +1,14 @@
 """What noting the order of collectives costs a step: processor time with and without, turn by turn in the same ranks.
 
-python benchmarks/desync_overhead.py --strategy fsdp
+Every rank notes on a board which collective it starts, so that a hang can be explained (docs/faults-and-restarts.md).
+
+Run: python benchmarks/desync_overhead.py --strategy fsdp
+Exit code 1: the ratio is above its bound.
 """
 
-import argparse
 import statistics
-import sys
 
+from ratios import Ratio, command_line, end
 from work import noted_and_not
 
 from sandbox.runtime import launch
@@ -15,22 +17,18 @@ BOUND = 1.02
 
 
 def main() -> None:
-    """Print the ratio; exit 1 if it is above the bound."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--rows", type=int, default=4, help="rows of the batch on each rank")
-    parser.add_argument("--strategy", default="fsdp")
+    parser = command_line(__doc__, ranks=2, rounds=30, rows=4)
+    parser.add_argument("--strategy", default="fsdp", help="of engine native (default: fsdp)")
     args = parser.parse_args()
     job = (args.strategy, args.rows * args.ranks, args.rounds)
     noted, plain, one, starts = launch(args.ranks, noted_and_not, *job, timeout=600)[0]
-    low, ratio, high = statistics.quantiles([a / b for a, b in zip(noted, plain, strict=True)], n=4)
-    mean = statistics.median(plain)
+    ratio, mean = Ratio.of(noted, plain), statistics.median(plain)
     print(
-        f"{args.strategy} on {args.ranks} ranks: ratio {ratio:.4f} (quartiles {low:.4f} to {high:.4f}; bound {BOUND}); "
-        f"a note costs {one * 1e6:.2f} us, {starts} of them a step of {mean * 1e3:.1f} ms: {starts * one / mean:.5f}"
+        f"{args.strategy} on {args.ranks} ranks: ratio {ratio.middle:.4f} (quartiles {ratio.quartiles(digits=4)}; "
+        f"bound {BOUND}); a note costs {one * 1e6:.2f} us, {starts} of them a step of {mean * 1e3:.1f} ms: "
+        f"{starts * one / mean:.5f}"
     )
-    sys.exit(ratio > BOUND)
+    end(ratio.middle <= BOUND)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ shows against the same step with nothing slowed: a step as long as the larger of
 Bytes are those that the hosts' network cards counted, that of the busier host, beside what the strategies' formulas say
 of one rank. All trainers live in the same ranks, and their steps take turns.
 
-As root: python benchmarks/slow_link.py --rounds 3 --json runs/slow-link.json --figure docs/slow-link.svg
+Run, as root: python benchmarks/slow_link.py --rounds 3 --json runs/slow-link.json --figure docs/slow-link.svg
 Then the page: sandbox report runs/slow-link.json
+Exit code 1: a step was faster than its bytes, or sharding inside of hosts gained nothing.
 """
 
-import argparse
 import json
 import os
 import re
@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ratios import command_line, end
 from rich.console import Console
 from rich.table import Table
 
@@ -57,13 +58,9 @@ OTHERS = {  # what each should beat: overlap off, or no hierarchy
 
 
 def main() -> None:
-    """Print the tables; exit 1 if a step was faster than its bytes, or hierarchy gained nothing."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rate", default="100mbit", help="between hosts, in mbit")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=8, help="rows of the batch on each rank")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--figure", type=Path)
+    parser = command_line(__doc__, rounds=3, rows=8, json=True)
+    parser.add_argument("--rate", default="100mbit", help="between hosts, in mbit (default: 100mbit)")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw it there, an SVG")
     args = parser.parse_args()
     if attached():
         world = int(os.environ["WORLD_SIZE"])
@@ -89,7 +86,7 @@ def main() -> None:
     inside = (
         slow["hsdp: shards inside"] < slow["fsdp over all"] and slow["tp inside, ddp between"] < slow["tp over all"]
     )
-    sys.exit(not inside or any(row["slow"] < 0.95 * row["least"] for row in rows))
+    end(inside and all(row["slow"] >= 0.95 * row["least"] for row in rows), rows, args.json)
 
 
 def hosts(gpus: int, rate: str) -> list[dict[str, Any]]:

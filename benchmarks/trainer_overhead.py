@@ -1,12 +1,10 @@
 """What the trainer costs over a loop written by hand: torch's DDP in both, taking turns in the same ranks.
 
-python benchmarks/trainer_overhead.py --ranks 2
+Run: python benchmarks/trainer_overhead.py --ranks 2
+Exit code 1: the ratio is above its bound.
 """
 
-import argparse
-import statistics
-import sys
-
+from ratios import Ratio, command_line, end, milliseconds
 from work import trainer_and_loop
 
 from sandbox.runtime import launch
@@ -15,20 +13,14 @@ BOUND = 1.02
 
 
 def main() -> None:
-    """Print the ratio; exit 1 if it is above the bound."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--rows", type=int, default=4, help="rows of the batch on each rank")
-    args = parser.parse_args()
+    args = command_line(__doc__, ranks=2, rounds=30, rows=4).parse_args()
     ours, theirs = launch(args.ranks, trainer_and_loop, args.rows * args.ranks, args.rounds, timeout=600)[0]
-    low, ratio, high = statistics.quantiles([a / b for a, b in zip(ours, theirs, strict=True)], n=4)
-    mine, hand = statistics.median(ours) * 1e3, statistics.median(theirs) * 1e3
+    ratio = Ratio.of(ours, theirs)
     print(
-        f"{args.ranks} ranks: trainer {mine:.1f} ms, by hand {hand:.1f} ms, "
-        f"ratio {ratio:.3f} (quartiles {low:.3f} to {high:.3f}; bound {BOUND})"
+        f"{args.ranks} ranks: trainer {milliseconds(ours, 1)} ms, by hand {milliseconds(theirs, 1)} ms, "
+        f"ratio {ratio.middle:.3f} (quartiles {ratio.quartiles()}; bound {BOUND})"
     )
-    sys.exit(ratio > BOUND)
+    end(ratio.middle <= BOUND)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,29 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sandbox.runtime import Member
+
+if TYPE_CHECKING:
+    from sandbox.trainer import Trainer
 
 MODEL = {"layers": 6, "width": 384, "heads": 6, "hidden": 1024}  # 10.8 M parameters with the embedding and the head
 DATA = {"sequence": 128}
 
 
-def turns(member: Member, kinds: list[tuple[str, dict[str, Any]]], batch: int, rounds: int) -> list[list[float]]:
-    """Seconds of each round's step, by trainer."""
+class Measured(NamedTuple):
+    """Of each round's step: seconds of the slowest rank, and of the processor in the rank that used it most."""
+
+    seconds: list[float]
+    processor: list[float]
+    collectives: int
+    """Of a step, if they are ours."""
+
+
+def trainer_of(member: Member, sections: dict[str, Any]) -> "Trainer":
+    """The trainer of a config, on this rank. Of a config of one process, the first rank's, while the others wait."""
     import torch
 
     from sandbox.config import Config
@@ -19,20 +32,45 @@ def turns(member: Member, kinds: list[tuple[str, dict[str, Any]]], batch: int, r
     from sandbox.mesh import Mesh
     from sandbox.trainer import Trainer
 
-    trainers = []
-    for engine, axis in kinds:
-        config = Config.model_validate(
-            {
-                "engine": engine,
-                "mesh": {"dp": {"degree": member.world, **axis}},
-                "model": MODEL,
-                "data": DATA,
-                "train": {"batch": batch},
-            }
-        )
-        mesh = Mesh(config.mesh.degrees, member.rank, member.device)
-        trainers.append(Trainer(config, mesh, torch.device(member.device), Corpus.load(config.data)))
-    return take_turns([trainer.train_step for trainer in trainers], rounds)
+    config = Config.model_validate(sections)
+    alone = config.mesh.world == 1
+    mesh = Mesh(config.mesh.degrees, 0 if alone else member.rank, None if alone else member.device)
+    return Trainer(config, mesh, torch.device(member.device), Corpus.load(config.data))
+
+
+def race(member: Member, racers: dict[str, dict[str, Any]], common: dict[str, Any], rounds: int) -> dict[str, Measured]:
+    """Trainers in the same ranks that take turns, one step each.
+
+    A racer is the sections of a config, besides those that are `common` to all. `core: torch` puts torch's ring
+    attention in the place of ours.
+    """
+    import torch
+    import torch.distributed as dist
+    from work_ring import torchs_ring
+
+    from sandbox.model import Attention
+
+    trainers = {}
+    for name, racer in racers.items():
+        sections = {key: value for key, value in racer.items() if key != "core"}
+        trainers[name] = trainer = trainer_of(member, {**common, **sections})
+        if racer.get("core") == "torch":
+            for module in trainer.program.model.modules():
+                if isinstance(module, Attention):
+                    module.core = torchs_ring(trainer.mesh.axis("cp"))
+    used: dict[str, list[float]] = {name: [] for name in trainers}
+
+    def step(name: str) -> None:
+        start = time.process_time()
+        if trainers[name].mesh.world > 1 or member.rank == 0:
+            trainers[name].train_step()
+        used[name].append(time.process_time() - start)
+
+    seconds = take_turns([partial(step, name) for name in trainers], rounds)
+    most = torch.tensor([each[-rounds:] for each in used.values()], dtype=torch.float64)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    counts = [trainer.mesh.recorder.number // max(1, trainer.step) for trainer in trainers.values()]
+    return dict(zip(trainers, map(Measured, seconds, most.tolist(), counts), strict=True))
 
 
 def take_turns(steps: list[Callable[[], object]], rounds: int) -> list[list[float]]:
@@ -60,23 +98,12 @@ def trainer_and_loop(member: Member, batch: int, rounds: int) -> list[list[float
     from torch.nn.parallel import DistributedDataParallel
     from torch.nn.utils import clip_grad_norm_
 
-    from sandbox.config import Config
-    from sandbox.data import Corpus
-    from sandbox.mesh import Mesh
     from sandbox.model import Transformer, initial, loss_sum
-    from sandbox.trainer import Trainer
 
-    config = Config.model_validate(
-        {
-            "engine": "torch",
-            "mesh": {"dp": {"degree": member.world, "strategy": "ddp"}},
-            "model": MODEL,
-            "data": DATA,
-            "train": {"batch": batch},
-        }
-    )
-    corpus = Corpus.load(config.data)
-    trainer = Trainer(config, Mesh(config.mesh.degrees, member.rank, member.device), torch.device("cpu"), corpus)
+    dp = {"degree": member.world, "strategy": "ddp"}
+    common = {"model": MODEL, "data": DATA, "train": {"batch": batch}}
+    trainer = trainer_of(member, {"engine": "torch", "mesh": {"dp": dp}, **common})
+    config, corpus = trainer.config, trainer.corpus
     plain = Transformer(config.model)
     with torch.no_grad():
         for name, param in plain.named_parameters():

@@ -1,48 +1,40 @@
-"""What the ranks of the ring's benchmark run. In a module of its own, for ranks import it by name."""
+"""Ring attention by torch, and a text for it. In a module of its own, for ranks import it by name."""
 
-import time
-from functools import partial
 from pathlib import Path
-
-from work import take_turns
-
-from sandbox.runtime import Member
-
-MODEL = {"layers": 4, "width": 64, "heads": 2}
+from typing import Any
 
 
-def orders(
-    member: Member, orders: list[str], sequence: int, file: Path, rounds: int
-) -> tuple[list[list[float]], list[list[float]]]:
-    """By order of the columns, each round's seconds, and seconds of processor time of the rank that used most."""
+def torchs_ring(axis: Any) -> Any:
+    """An attention core: what torch's `context_parallel` would run, had DTensor a rule for the kernel of a CPU."""
     import torch
-    import torch.distributed as dist
+    from torch.distributed.tensor.experimental._context_parallel import _attention as cp
 
-    from sandbox.config import Config
-    from sandbox.data import Corpus
-    from sandbox.mesh import Mesh
-    from sandbox.trainer import Trainer
+    op: Any = torch.ops.aten
+    forward_op = op._scaled_dot_product_flash_attention_for_cpu
+    backward_op = op._scaled_dot_product_flash_attention_for_cpu_backward
+    cp._cp_options.enable_load_balance, cp._cp_options.convert_to_f32 = True, False
 
-    trainers = []
-    for order in orders:
-        config = Config.model_validate(
-            {
-                "mesh": {"cp": {"degree": member.world, "order": order}},
-                "model": MODEL,
-                "data": {"sequence": sequence, "files": [file]},
-                "train": {"batch": 1, "optimizer": "sgd_momentum", "lr": 0.01},
-            }
-        )
-        mesh = Mesh(config.mesh.degrees, member.rank, member.device)
-        trainers.append(Trainer(config, mesh, torch.device(member.device), Corpus.load(config.data)))
-    used: list[list[float]] = [[] for _ in orders]
+    class Ring(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *qkv: Any) -> Any:
+            out, lse = cp._templated_ring_attention(axis.group, 2, forward_op, *qkv, is_causal=True, dropout_p=0.0)
+            ctx.save_for_backward(*qkv, out, lse)
+            return out
 
-    def step(number: int) -> None:
-        start = time.process_time()
-        trainers[number].train_step()
-        used[number].append(time.process_time() - start)
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            grads = cp._templated_ring_attention_backward(
+                axis.group, 2, backward_op, grad, "grad_out", *ctx.saved_tensors, is_causal=True, dropout_p=0.0
+            )
+            return grads[:3]
 
-    seconds = take_turns([partial(step, number) for number in range(len(orders))], rounds)
-    most = torch.tensor([each[-rounds:] for each in used], dtype=torch.float64)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return seconds, most.tolist()
+    return lambda q, k, v, batch: Ring.apply(q, k, v)
+
+
+def one_document(folder: str) -> Path:
+    """The corpus as one text, for documents cut the work of attention themselves."""
+    from pydoc_data.topics import topics
+
+    file = Path(folder) / "topics.txt"
+    file.write_text("\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
+    return file

@@ -12,6 +12,7 @@ from sandbox.config import Config
 from sandbox.engines.accelerate._accelerator import make_accelerator
 from sandbox.engines.deepspeed import _engine
 from sandbox.runtime import Member
+from sandbox.trainer import Trainer
 
 
 def linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -261,3 +262,33 @@ def auto_tensor(member: Member) -> str:
     except AssertionError as error:
         return str(error)
     return ""
+
+
+def pipeline_with_zero(member: Member, stage: int) -> str:
+    """What DeepSpeed's pipeline says of a stage of ZeRO."""
+    _engine.prepare()
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    model = PipelineModule([LayerSpec(nn.Linear, 3, 3)] * member.world, member.world, partition_method="uniform")
+    config = _engine.settings(Config(), {"stage": stage}) | {"steps_per_print": None}
+    inner = torch.optim.SGD(model.parameters(), lr=1.0)
+    try:
+        deepspeed.initialize(model=model, optimizer=inner, dist_init_required=False, config=config)
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+def ends_forget_each_other(trainer: Trainer) -> None:
+    """A tied weight's gradients are not summed over the two ends of DeepSpeed's pipeline."""
+    instructions = trainer.optimizer.engine._INSTRUCTION_MAP  # type: ignore[attr-defined]
+    for kind in instructions:
+        if kind.__name__ == "ReduceTiedGrads":
+            instructions[kind] = lambda engine: None
+
+
+def replicas_forget_each_other(trainer: Trainer) -> None:
+    """Each of DeepSpeed's pipelines keeps the gradients of its own rows."""
+    trainer.optimizer.engine.pipeline_enable_backward_allreduce = False  # type: ignore[attr-defined]

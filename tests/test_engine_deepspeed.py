@@ -1,16 +1,21 @@
 """DeepSpeed by itself: what docs/what-the-libraries-do-differently.md says of it is still so."""
 
 import functools
+from collections.abc import Callable
 
 import library_work as work
 import pytest
 import torch
+import world
 
+from sandbox.config import Data
 from sandbox.engines.deepspeed import UNSUPPORTED
 from sandbox.errors import UnsupportedError
 from sandbox.plan import find, finest, plan, predict, preload
 from sandbox.runtime import launch, warm
-from sandbox.verify.cases import alone
+from sandbox.trainer import Trainer
+from sandbox.verify import Case
+from sandbox.verify.cases import TIED, alone
 
 pytestmark = [pytest.mark.parity, pytest.mark.engines]
 run = functools.partial(launch, timeout=60)
@@ -74,6 +79,34 @@ def test_the_pipeline_clips_all_stages_by_the_norm_of_the_first() -> None:
     first, *others = run(3, work.pipeline_clip)
     assert first == pytest.approx(1.0)
     assert min(others) > 1.1  # 1.4 and 2.2, together 2.8, where 1 was asked for
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_pipeline_refuses_zero_2_and_3(stage: int) -> None:
+    assert all(
+        "ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism" in e
+        for e in run(2, work.pipeline_with_zero, stage)
+    )
+    with pytest.raises(UnsupportedError, match=r"refuses ZeRO-2 and ZeRO-3.*Set mesh\.dp\.strategy: ddp"):
+        plan(alone("deepspeed", "pipeline", 2, "", beside={"dp": {"degree": 2, "strategy": f"zero{stage}"}}).config)
+
+
+def tied_pipelines() -> Case:
+    """Two pipelines side by side, whose embedding lies on the first stage and on the last of three."""
+    data = Data(sequence=24, layout="padded")
+    return alone("deepspeed", "pipeline", 3, "tied, dp2", model=TIED, data=data, beside={"dp": {"degree": 2}})
+
+
+def test_two_pipelines_with_a_tied_embedding_have_the_gradients_of_one_process() -> None:
+    verdict = world.verifier().verify(tied_pipelines())
+    assert verdict.status == "held", verdict.cause
+    assert {"all_reduce other", "all_reduce dp_shard", "send pp x dp_shard"} <= set(verdict.traffic)
+
+
+@pytest.mark.parametrize("forget", [work.ends_forget_each_other, work.replicas_forget_each_other])
+def test_a_gradient_that_the_pipelines_do_not_sum_is_found(forget: Callable[[Trainer], None]) -> None:
+    verdict = world.verifier().verify(Case(tied_pipelines().config, forget))
+    assert verdict.status == "mismatch"
 
 
 def test_auto_tensor_parallelism_has_no_policy_for_other_models_than_hugging_face_s() -> None:

@@ -9,7 +9,8 @@
 `X[B_dp, S]` reads: B is cut over axis dp; `{U_dp}`: not yet summed over dp.
 
 Bytes sent by a rank in one step: 2 (n-1)/n P to all_reduce P bytes of gradients over n ranks, all in one piece after
-the last backward, so nothing overlaps. Memory: parameters, gradients and optimizer state in full.
+the last backward, so nothing overlaps. Memory: parameters, gradients and optimizer state in full. Beside a pipeline the
+same, of the rank's stage: its engine averages gradients over dp as well.
 
 Source: DeepSpeed 0.19.8.
 """
@@ -24,7 +25,7 @@ from sandbox.config import Options as Base
 from sandbox.engines.deepspeed import _engine
 from sandbox.mesh import Mesh
 from sandbox.predict import Prediction, bytes_of, state_copies
-from sandbox.program import Program, materialise
+from sandbox.program import Program, materialise, shard_rows
 
 AXIS = "dp"
 REFUSES = _engine.REFUSES | {"bfloat16": "it has no stage 0 in bfloat16 with gradients accumulated in float32."}
@@ -35,7 +36,9 @@ class Options(Base):
 
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
-    """Return `program` run by a DeepSpeed engine of stage 0."""
+    """Return `program` run by a DeepSpeed engine of stage 0, or by that of the pipeline, with its rows cut over dp."""
+    if mesh.axis("pp").size > 1:
+        return replace(program, shard_batch=shard_rows(program, mesh))
     whole = replace(program, parameters=materialise(program))
     inner = program.make_optimizer(whole)
     engine = _engine.initialize(program, inner, {"stage": 0})

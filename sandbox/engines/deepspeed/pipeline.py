@@ -1,14 +1,16 @@
-"""DeepSpeed's pipeline engine: stages one after another, by its own 1F1B schedule.
+"""DeepSpeed's pipeline engine: stages one after another, by its own 1F1B schedule; beside dp, several such pipelines.
 
     tensor            before        in use         after backward
     parameter W       W_pp          -              -              those of the rank's stage, whole
-    gradient  G       -             -              G_pp           summed over microbatches
+    gradient  G       -             -              G_pp           summed over microbatches, averaged over dp
     hidden    X       -             X[b, S, D]     -              from stage to stage; its gradient on the way back
-    batch     B       B[M b, S]     B[b, S]        -              everywhere; the first reads tokens, the last targets
+    batch     B       B[M b, S]     B[b, S]        -              all its rows; the first reads tokens, the last targets
 
 Bytes sent by a rank in one step: X = B S D elements over all microbatches to each neighbour, forward to the next stage,
-backward to the one before; and the last one's losses to all, 8 bytes each. Memory: parameters and optimizer state of
-the rank's stage. Gradients are let go with the step.
+backward to the one before; and the last one's losses to all, 8 bytes each. A tied embedding lies on the first and the
+last stage, and an all_reduce of V D sums its gradients. Over dp 2 (n-1)/n of a stage's gradients are sent, in one
+all_reduce after the last backward. Memory: parameters and optimizer state of the rank's stage. Gradients are let go
+with the step.
 
 Each stage is one layer to DeepSpeed, which then has nothing left to cut. Only hidden states travel: what else a layer
 needs of the batch it takes from its own copy, in the order of the microbatches. `train_batch` runs the optimizer's step
@@ -35,9 +37,10 @@ from sandbox.engines.deepspeed import _engine
 from sandbox.errors import UnsupportedError
 from sandbox.mesh import Mesh
 from sandbox.model import Transformer
+from sandbox.partition import even
 from sandbox.predict import Prediction, bytes_of, state_copies
 from sandbox.program import Program, materialise
-from sandbox.stages import cut, keep
+from sandbox.stages import cut, keep, shared_weight, view
 
 AXIS = "pp"
 REFUSES = {
@@ -51,13 +54,14 @@ class Options(Base):
 
 
 def check(config: Config, options: Options) -> None:
-    """Raises UnsupportedError: another axis, or a tied embedding."""
+    """Raises UnsupportedError: another axis than dp, or ZeRO on it; more stages than parts."""
     degree, layers = config.mesh.pp.degree, config.model.layers
-    if config.mesh.world != degree:
-        raise UnsupportedError("mesh: DeepSpeed's pipeline is the data axis too. Leave mesh.pp alone on the mesh.")
-    if config.model.tied:
+    if config.mesh.world != degree * config.mesh.dp.degree:
+        raise UnsupportedError("mesh: DeepSpeed's pipeline was tried beside mesh.dp only. Leave out the other axes.")
+    if config.mesh.dp.degree > 1 and config.mesh.dp.strategy != "ddp":
         raise UnsupportedError(
-            "model.tied: DeepSpeed ties the weights of layers that it builds. Set model.tied: false."
+            "mesh.dp.strategy: DeepSpeed's pipeline refuses ZeRO-2 and ZeRO-3, and ZeRO-1 was not tried with it. Set "
+            "mesh.dp.strategy: ddp."
         )
     if degree > layers + 2:
         raise UnsupportedError(f"mesh.pp.degree {degree}: embedding, {layers} layers and head are {layers + 2} parts.")
@@ -80,15 +84,21 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` with this rank's stage, run by DeepSpeed."""
     _engine.prepare()
     import deepspeed
-    from deepspeed.pipe import LayerSpec, PipelineModule
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from deepspeed.runtime.pipe.schedule import OptimizerStep
 
-    axis, model = mesh.axis("pp"), program.model
+    axis, data, model = mesh.axis("pp"), mesh.data.size, program.model
     assert isinstance(model, Transformer)
-    keep(model, [cut(model, axis.size, "layers")[axis.rank]])
+    tied, stage = shared_weight(model), cut(model, axis.size, "layers")[axis.rank]
+    keep(model, [stage])
     params = materialise(program)
     layout = {
-        name: replace(program.layout[name], sharded=(*program.layout[name].sharded, *axis.names)) for name in params
+        name: replace(
+            program.layout[name],
+            sharded=(*program.layout[name].sharded, *axis.names),
+            copy=int(name == tied and axis.rank == axis.size - 1),
+        )
+        for name in params
     }
     coming: deque[Batch] = deque()
     losses: list[Tensor] = []
@@ -100,9 +110,12 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
         return loss
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-    with redirect_stdout(io.StringIO()):  # it prints its stages
+    made = Part, view(model, stage), coming
+    spec, weight = LayerSpec(*made), "model.head.weight" if axis.rank else "model.embed.weight"
+    end = TiedLayerSpec("ends", *made, tied_weight_attr=weight) if tied else spec
+    with torch.no_grad(), redirect_stdout(io.StringIO()):  # it prints its stages, and broadcasts what is tied
         staged = PipelineModule(
-            [LayerSpec(Part, model, coming)] * axis.size,
+            [end, *[spec] * (axis.size - 2), end],
             axis.size,
             loss_fn=loss_of,
             partition_method="uniform",
@@ -124,13 +137,14 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
 
     def forward_backward(finished: Program, microbatches: list[Batch], valid: float) -> Tensor:
         program.begin(True)
-        loss = run(microbatches, len(microbatches) / valid, engine.train_batch)
+        loss = run(microbatches, data * len(microbatches) / valid, engine.train_batch)
         finished.reduce_grads()
         return loss / valid
 
     def evaluate(finished: Program, batch: Batch) -> Tensor:
         return run([batch], 1.0, engine.eval_batch, num_micro_batches=1)
 
+    # rows are cut over dp by the strategy of dp, which has nothing else left to do (ddp.py)
     driven = _engine.drive(replace(program, parameters=params, layout=layout), engine, inner, mesh, lambda: None)
     return replace(
         driven,
@@ -146,12 +160,15 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
     """Bytes sent in one step and held after it, by this rank; cuts `model` down to its stage."""
     axis = mesh.axis("pp")
     assert isinstance(model, Transformer)
+    tied = shared_weight(model)
     keep(model, [cut(model, axis.size, "layers")[axis.rank]])
     borders = (axis.rank > 0) + (axis.rank < axis.size - 1)
-    sent = borders * config.train.batch * config.data.sequence * config.model.width * 4
-    told = 8 * (axis.size - 1) if axis.rank == axis.size - 1 else 0
+    rows = even(config.train.batch, mesh.data.size)[mesh.data.rank]
+    traffic = {f"send {mesh.everyone.name}": borders * rows * config.data.sequence * config.model.width * 4}
+    if axis.rank == axis.size - 1:
+        traffic[f"broadcast {axis.name}"] = 8 * (axis.size - 1)
+    if tied and borders < 2:
+        pair = axis.name if axis.size == 2 else "other"  # the two ends are no axis of the mesh
+        traffic[f"all_reduce {pair}"] = bytes_of([model.get_parameter(tied)])
     whole = bytes_of(model.parameters())
-    return Prediction(
-        {f"send {axis.name}": sent, f"broadcast {axis.name}": told},
-        {"parameters": whole, "gradients": 0, "optimizer": state_copies(config.train) * whole},
-    )
+    return Prediction(traffic, {"parameters": whole, "gradients": 0, "optimizer": state_copies(config.train) * whole})

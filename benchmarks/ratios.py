@@ -1,0 +1,69 @@
+"""What the benchmarks have in common: a command line, ratios of times in the same rounds, and how they end."""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+__all__ = ["Ratio", "command_line", "end", "mark", "milliseconds"]
+
+
+def command_line(about: str, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser whose help is the script's docstring, with those options of all benchmarks that have a default here.
+
+    `json=True`: results can be written to a file.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, meaning in {
+        "ranks": "processes",
+        "rounds": "turns that count, of each trainer",
+        "rows": "rows of the batch on each rank",
+    }.items():
+        if name in defaults:
+            several = {"nargs": "+"} if isinstance(defaults[name], list) else {}
+            told = f"{meaning} (default: {' '.join(map(str, _list(defaults[name])))})"
+            parser.add_argument(f"--{name}", type=int, default=defaults[name], help=told, **several)
+    if defaults.get("json"):
+        parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to it")
+    return parser
+
+
+class Ratio(NamedTuple):
+    """Of two times in the same rounds, the median of their ratios, and the quartiles around it."""
+
+    low: float
+    middle: float
+    high: float
+
+    @classmethod
+    def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> "Ratio":
+        """The times of each round; at least two rounds."""
+        return cls(*statistics.quantiles([a / b for a, b in zip(ours, theirs, strict=True)], n=4))
+
+    def quartiles(self, between: str = " to ", digits: int = 3) -> str:
+        """`0.970 to 1.002`."""
+        return f"{self.low:.{digits}f}{between}{self.high:.{digits}f}"
+
+
+def mark(good: bool) -> str:
+    return "✓" if good else "✗"
+
+
+def milliseconds(seconds: Sequence[float], digits: int = 0) -> str:
+    """The median, for people."""
+    return f"{statistics.median(seconds) * 1e3:.{digits}f}"
+
+
+def end(good: bool, results: Any = None, file: Path | None = None) -> NoReturn:
+    """Write the results, if there is a file for them; exit with 1 if something is above its bound."""
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    sys.exit(not good)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
