@@ -50,9 +50,9 @@ cluster: .venv/.installed  ## Hosts emulated on this machine, and a cluster of c
 	docker/install.sh
 	$(BIN)/pytest -m cluster
 
-bench: .venv/.installed  ## Step time against torch's own implementations, and bubbles against theory
-	$(BIN)/python benchmarks/step_time.py
-	$(BIN)/python benchmarks/bubble.py
+bench: .venv/.installed  ## Step time, bytes and memory against every library, each axis against torch, bubbles
+	failed=0; for name in step_time engines axes ring bubble trainer_overhead desync_overhead; do \
+		$(BIN)/python benchmarks/$$name.py || failed=1; done; exit $$failed
 
 picture: .venv/.installed  ## Draw docs/hero.png from `sandbox verify --all`
 	mkdir -p runs

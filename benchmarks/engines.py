@@ -29,7 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from engines_page import figure, printed, rewrite
+from engines_page import CLASSES, figure, printed, rewrite
 from ratios import Ratio, command_line, end
 from rich.console import Console
 from work import DATA, MODEL, race
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES[1:], default=ENGINES[1:], help="default: all installed")
     parser.add_argument("--strategies", nargs="+", help="default: all of the data axis")
     parser.add_argument("--layers", type=int, default=MODEL["layers"], help="of the model (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=MODEL["width"], help="of the model (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=MODEL["width"], help="64 for each head (default: %(default)s)")
     parser.add_argument("--by", choices=["time", "processor"], default="time", help="which ratio the bound is of")
     parser.add_argument("--bound", type=float, default=1.0, help="the most that a ratio may be (default: 1)")
     parser.add_argument("--page", type=Path, metavar="FILE", help="rewrite the table in this page")
@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     warm(*(module for engine in args.engines for module in preload(engine)))
     pairs = list(cells(args.engines, args.strategies))
     natives = list(dict.fromkeys(("native", name) for _, name in pairs))
-    model = MODEL | {"layers": args.layers, "width": args.width}
+    model = MODEL | {"layers": args.layers, "width": args.width, "heads": max(1, args.width // 64)}
     common = {"model": model, "data": DATA, "train": {"batch": args.rows * args.ranks, "dtype": "float32"}}
 
     def sections(engine: str, name: str) -> dict[str, Any]:
@@ -103,9 +103,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for engine, name in pairs:
         seconds["native", name, "native"] += seconds[engine, name, "native"]
     rows = []
-    for engine, name in sorted(
-        [*natives, *pairs], key=lambda cell: (natives.index(("native", cell[1])), cell not in natives)
-    ):
+    order = {name: number for number, name in enumerate(CLASSES)}
+    for engine, name in sorted([*natives, *pairs], key=lambda cell: order.get(cell[1], len(order))):
         row = {"engine": engine, "strategy": name, "seconds": statistics.median(seconds[engine, name, engine])}
         for kind, times in (("time", seconds), ("processor", processor)):
             if engine != "native":

@@ -93,64 +93,68 @@ def _amount(value: float | None, unit: float) -> str:
 
 
 LABEL, PANEL, GAP, ROW = 100, 190, 62, 19
+PANELS = ("step time, native = 1", "MB that a rank sends in a step", "MiB that a rank needs at most")
 
 
 def figure(results: dict[str, Any]) -> str:
     """A line for each strategy and engine: step time as a multiple of native's, bytes sent, and peak memory."""
     drawing, cells = Drawing(), results["cells"]
     drawing.text(0, 14, "Every engine, the same training", "head")
-    told = (
-        f"{results['ranks']} ranks, {results['parameters'] / 1e6:.1f} million parameters, float32, over gloo on a CPU"
-    )
+    told = f"{results['ranks']} ranks over gloo on a CPU, {results['parameters'] / 1e6:.1f} million parameters, float32"
     drawing.text(0, 32, told, "quiet")
-    places = [LABEL + number * (PANEL + GAP) for number in range(3)]
-    bytes_ = [cell["wire"] or cell["sent"] for cell in cells]
-    longest = max(1 / cell["time"]["low"] for cell in cells if "time" in cell)
-    most = [longest, max(bytes_), max(cell["resident"] or cell["tensors"] for cell in cells)]
-    scales = [PANEL / value for value in most]
-    titles = ("step time, native = 1", "MB that a rank sends in a step", "MiB that a rank needs at most")
-    for place, title in zip(places, titles, strict=True):
+    places = [LABEL + number * (PANEL + GAP) for number in range(len(PANELS))]
+    widest = zip(*(_values(cell) for cell in cells), strict=True)
+    scales = [PANEL / max(high for _, high in panel) for panel in widest]
+    for place, title in zip(places, PANELS, strict=True):
         drawing.text(place, 62, title, "title")
     top = 78.0
     for name in dict.fromkeys(cell["strategy"] for cell in cells):
         group = [cell for cell in cells if cell["strategy"] == name]
         drawing.text(0, top + 11, name, "title")
-        drawing.text(0 + 7 * len(name) + 6, top + 11, CLASSES.get(name, ""), "quiet small")
+        drawing.text(7 * len(name) + 8, top + 11, CLASSES.get(name, ""), "quiet small")
         top += ROW
-        bottom = top + ROW * len(group)
+        drawing.line(places[0] + scales[0], top - 1, places[0] + scales[0], top + ROW * len(group) - 3)
         for cell in group:
-            _line(drawing, cell, top, places, scales)
+            _line(drawing, cell, group[0], top + ROW / 2 - 1, list(zip(places, scales, strict=True)))
             top += ROW
-        drawing.line(places[0] + scales[0], bottom - ROW * len(group) - 1, places[0] + scales[0], bottom - 3)
         top += 12
-    entries = [
-        ("r0", "native"),
-        ("r2", "library"),
-        ("r1", "library ahead of native"),
-        ("all", "with buffers of gloo and Python"),
-    ]
-    drawing.legend(0, top + 12, entries)
+    entries = {
+        "r0": "native",
+        "r2": "library",
+        "r1": "library, less than native",
+        "all": "with buffers of gloo and Python",
+    }
+    drawing.legend(0, top + 12, entries.items())
     return drawing.svg("Step time, bytes sent and memory of every engine for the same training")
 
 
-def _line(drawing: Drawing, cell: dict[str, Any], top: float, places: list[float], scales: list[float]) -> None:
-    middle, height = top + ROW / 2 - 1, ROW - 7
-    drawing.text(14, middle + 4, cell["engine"])
-    ratio = 1 / cell["time"]["middle"] if "time" in cell else 1.0
-    kind = "r0" if "time" not in cell else "r2" if ratio >= 1 else "r1"
-    drawing.rect(
-        places[0], middle - height / 2, ratio * scales[0], height, kind, f"{cell['seconds'] * 1e3:.0f} ms", round_=2
-    )
-    end = ratio
+def _line(
+    drawing: Drawing, cell: dict[str, Any], native: dict[str, Any], y: float, panels: list[tuple[float, float]]
+) -> None:
+    """A bar in each panel, with its middle at `y`. A panel: where it begins, and the length of one unit."""
+    drawing.text(14, y + 4, cell["engine"])
+    high, told = ROW - 7, _told(cell)
+    for (place, scale), (value, end), (best, _), text_ in zip(
+        panels, _values(cell), _values(native), told, strict=True
+    ):
+        kind = "r0" if cell["engine"] == "native" else "r1" if value < 0.995 * best else "r2"
+        if place == panels[-1][0]:
+            drawing.rect(place, y - high / 2, end * scale, high, "all", round_=2)
+        drawing.rect(place, y - high / 2, value * scale, high, kind, f"{cell['seconds'] * 1e3:.0f} ms a step", round_=2)
+        drawing.text(place + end * scale + 6, y + 4, text_, "quiet small")
     if "time" in cell:
-        low, end = 1 / cell["time"]["high"], 1 / cell["time"]["low"]
-        drawing.line(places[0] + low * scales[0], middle, places[0] + end * scales[0], middle, "arrow")
-        drawing.text(places[0] + max(ratio, end) * scales[0] + 6, middle + 4, f"{ratio:.2f}", "quiet small")
-    sent = cell["wire"] or cell["sent"]
-    drawing.rect(places[1], middle - height / 2, sent * scales[1], height, kind, round_=2)
-    drawing.text(places[1] + sent * scales[1] + 6, middle + 4, f"{sent / 1e6:.0f}", "quiet small")
-    whole = cell["resident"] or cell["tensors"]
-    drawing.rect(places[2], middle - height / 2, whole * scales[2], height, "all", round_=2)
-    drawing.rect(places[2], middle - height / 2, cell["tensors"] * scales[2], height, kind, round_=2)
-    told = f"{cell['tensors'] / MIB:.0f}"
-    drawing.text(places[2] + max(whole, cell["tensors"]) * scales[2] + 6, middle + 4, told, "quiet small")
+        place, scale = panels[0]
+        drawing.line(place + scale / cell["time"]["high"], y, place + scale / cell["time"]["low"], y, "arrow")
+
+
+def _values(cell: dict[str, Any]) -> list[tuple[float, float]]:
+    """In each panel how long the bar is, and where all that is drawn of it ends."""
+    time = (1 / cell["time"]["middle"], 1 / cell["time"]["low"]) if "time" in cell else (1.0, 1.0)
+    sent, tensors = cell["wire"] or cell["sent"], cell["tensors"]
+    return [time, (sent, sent), (tensors, max(tensors, cell["resident"] or 0))]
+
+
+def _told(cell: dict[str, Any]) -> list[str]:
+    time = f"{1 / cell['time']['middle']:.2f}" if "time" in cell else ""
+    whole = f" of {cell['resident'] / MIB:.0f}" if cell["resident"] else ""
+    return [time, f"{(cell['wire'] or cell['sent']) / 1e6:.1f}", f"{cell['tensors'] / MIB:.0f}{whole}"]

@@ -41,7 +41,7 @@ class Ratio(NamedTuple):
     @classmethod
     def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> "Ratio":
         """The times of each round; at least two rounds."""
-        return cls(*statistics.quantiles([a / b for a, b in zip(ours, theirs, strict=True)], n=4))
+        return cls(*statistics.quantiles([a / b for a, b in zip(ours, theirs, strict=True)], n=4, method="inclusive"))
 
     def quartiles(self, between: str = " to ", digits: int = 3) -> str:
         """`0.970 to 1.002`."""
