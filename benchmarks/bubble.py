@@ -25,6 +25,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="the one with the smallest bubble counts (default: 3)")
     parser.add_argument("--sleep", type=float, default=0.03, help="seconds that an action takes (default: 0.03)")
     args = parser.parse_args()
+    if args.ranks < 3:
+        parser.error("--ranks: at least 3, for embedding, one layer and head are stages of their own")
     table = Table("schedule", "bubble, theory", "measured", "kept by each rank, theory", "measured", "", box=None)
     table.title = f"{args.ranks} ranks, {args.microbatches} microbatches, F = B = W = {1e3 * args.sleep:g} ms"
     good = True
