@@ -1,11 +1,11 @@
 """Every engine, the same training: step time against native's, bytes that a rank sends, memory that it needs at most.
 
-Each strategy of a library races against the strategy of that name in native: both train in the same ranks and take
-turns, one step each, so the machine's noise falls on both alike. A step's time is that of the slowest rank; a ratio is
-the median over rounds of native's time by the library's in the same round: below 1 native is faster. Libraries keep
-state in their modules, and their singletons tolerate no second training, so every pair has fresh processes, and in each
-lap all pairs have their turn. Processor time, of the busiest rank, tells who does more work on a machine that others
-use too.
+Each strategy of a library races against that of native which holds the same on a rank, as a rule that of the same name:
+both train in the same ranks and take turns, one step each, so the machine's noise falls on both alike. A step's time is
+that of the slowest rank; a ratio is the median over rounds of native's time by the library's in the same round: below 1
+native is faster. Libraries keep state in their modules, and their singletons tolerate no second training, so every pair
+has fresh processes, and in each lap all pairs have their turn. Processor time, of the busiest rank, tells who does more
+work on a machine that others use too.
 
 Bytes and memory are measured in processes that do nothing else. Bytes are what the network interface counted, in a
 network namespace of one's own where there can be one, and what the collectives have to send at least. Memory is the
@@ -41,6 +41,7 @@ from sandbox.plan import engines, find, missing, preload, required, strategies
 from sandbox.runtime import launch, warm
 
 TIMEOUT = 600.0
+LIKE = {("fairscale", "fsdp"): "zero3"}  # by what a rank holds: ranges of flat parameters, where ours has rows
 ENGINES = [engine for engine in engines() if not missing(engine)]
 
 
@@ -77,7 +78,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything, as it is written to --json."""
     warm(*(module for engine in args.engines for module in preload(engine)))
     pairs = list(cells(args.engines, args.strategies))
-    natives = list(dict.fromkeys(("native", name) for _, name in pairs))
+    like = {pair: LIKE.get(pair, pair[1]) for pair in pairs}
+    natives = [("native", name) for name in dict.fromkeys(like.values())]
+    like |= {cell: cell[1] for cell in natives}
     model = MODEL | {"layers": args.layers, "width": args.width, "heads": max(1, args.width // 64)}
     common = {"model": model, "data": DATA, "train": {"batch": args.rows * args.ranks, "dtype": "float32"}}
 
@@ -95,17 +98,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for lap in range(args.laps):
             for engine, name in pairs:
                 status.update(f"lap {lap + 1} of {args.laps}: {engine} {name}")
-                racers = {kind: sections(kind, name) for kind in ("native", engine)}
+                racers = {"native": sections("native", like[engine, name]), engine: sections(engine, name)}
                 found = launch(args.ranks, race, racers, common, args.rounds, timeout=TIMEOUT)[0]
                 for kind in racers:
                     seconds[engine, name, kind] += found[kind].seconds
                     processor[engine, name, kind] += found[kind].processor
     for engine, name in pairs:
-        seconds["native", name, "native"] += seconds[engine, name, "native"]
+        ours = like[engine, name]
+        seconds["native", ours, "native"] += seconds[engine, name, "native"]
     rows = []
     order = {name: number for number, name in enumerate(CLASSES)}
-    for engine, name in sorted([*natives, *pairs], key=lambda cell: order.get(cell[1], len(order))):
-        row = {"engine": engine, "strategy": name, "seconds": statistics.median(seconds[engine, name, engine])}
+    for engine, name in sorted([*natives, *pairs], key=lambda cell: order.get(like[cell], len(order))):
+        row = {
+            "engine": engine,
+            "strategy": name,
+            "like": like[engine, name],
+            "seconds": statistics.median(seconds[engine, name, engine]),
+        }
         for kind, times in (("time", seconds), ("processor", processor)):
             if engine != "native":
                 ours, theirs = times[engine, name, "native"], times[engine, name, engine]

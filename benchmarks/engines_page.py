@@ -8,6 +8,7 @@ from rich.table import Table
 
 from sandbox.report.svg import Drawing
 
+MIB = 2**20
 CLASSES = {
     "ddp": "everything on every rank",
     "zero1": "optimizer state cut",
@@ -82,10 +83,12 @@ def _row(cell: dict[str, Any]) -> list[str]:
     amounts = [
         _amount(cell[key], unit) for key, unit in (("wire", 1e6), ("sent", 1e6), ("tensors", MIB), ("resident", MIB))
     ]
-    return [cell["strategy"], cell["engine"], f"{cell['seconds'] * 1e3:.0f}", *ratios, *amounts]
+    return [cell["like"], _label(cell), f"{cell['seconds'] * 1e3:.0f}", *ratios, *amounts]
 
 
-MIB = 2**20
+def _label(cell: dict[str, Any]) -> str:
+    """The engine, and the strategy where it goes by another name than native's."""
+    return cell["engine"] if cell["strategy"] == cell["like"] else f"{cell['engine']} {cell['strategy']}"
 
 
 def _amount(value: float | None, unit: float) -> str:
@@ -108,8 +111,8 @@ def figure(results: dict[str, Any]) -> str:
     for place, title in zip(places, PANELS, strict=True):
         drawing.text(place, 62, title, "title")
     top = 78.0
-    for name in dict.fromkeys(cell["strategy"] for cell in cells):
-        group = [cell for cell in cells if cell["strategy"] == name]
+    for name in dict.fromkeys(cell["like"] for cell in cells):
+        group = [cell for cell in cells if cell["like"] == name]
         drawing.text(0, top + 11, name, "title")
         drawing.text(7 * len(name) + 8, top + 11, CLASSES.get(name, ""), "quiet small")
         top += ROW
@@ -132,7 +135,7 @@ def _line(
     drawing: Drawing, cell: dict[str, Any], native: dict[str, Any], y: float, panels: list[tuple[float, float]]
 ) -> None:
     """A bar in each panel, with its middle at `y`. A panel: where it begins, and the length of one unit."""
-    drawing.text(14, y + 4, cell["engine"])
+    drawing.text(14, y + 4, _label(cell))
     high, told = ROW - 7, _told(cell)
     for (place, scale), (value, end), (best, _), text_ in zip(
         panels, _values(cell), _values(native), told, strict=True

@@ -281,6 +281,25 @@ def pipeline_with_zero(member: Member, stage: int) -> str:
     return ""
 
 
+def groups_of_a_stage(member: Member) -> int:
+    """Parameter groups of ZeRO-1 on a stage, of which the first has a matrix and no vector, and others have both."""
+    _engine.prepare()
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    layers = [LayerSpec(nn.Linear, 3, 3, bias=stage > 0) for stage in range(member.world)]
+    model = PipelineModule(layers, member.world, partition_method="uniform")
+    params = list(model.parameters())
+    groups = [{"params": [p for p in params if p.dim() == dim]} for dim in (2, 1)]
+    config = _engine.settings(Config(), {"stage": 1, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000})
+    inner = torch.optim.SGD(groups, lr=1.0)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=inner, dist_init_required=False, config=config | {"steps_per_print": None}
+    )
+    return len(engine.optimizer.bit16_groups)
+
+
 def ends_forget_each_other(trainer: Trainer) -> None:
     """A tied weight's gradients are not summed over the two ends of DeepSpeed's pipeline."""
     instructions = trainer.optimizer.engine._INSTRUCTION_MAP  # type: ignore[attr-defined]

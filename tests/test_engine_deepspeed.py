@@ -87,18 +87,29 @@ def test_the_pipeline_refuses_zero_2_and_3(stage: int) -> None:
         "ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism" in e
         for e in run(2, work.pipeline_with_zero, stage)
     )
-    with pytest.raises(UnsupportedError, match=r"refuses ZeRO-2 and ZeRO-3.*Set mesh\.dp\.strategy: ddp"):
+    with pytest.raises(UnsupportedError, match=r"refuses ZeRO-2 and ZeRO-3.*Set mesh\.dp\.strategy: zero1"):
         plan(alone("deepspeed", "pipeline", 2, "", beside={"dp": {"degree": 2, "strategy": f"zero{stage}"}}).config)
 
 
-def tied_pipelines() -> Case:
+def test_a_stage_without_vectors_has_a_group_less_in_zero_1() -> None:
+    """And so takes part in fewer sums of the norm than others, who wait for it."""
+    assert run(2, work.groups_of_a_stage) == [1, 2]
+    beside = {"dp": {"degree": 2, "strategy": "zero1"}}
+    with pytest.raises(UnsupportedError, match=r"embedding alone, without a vector.*Set model\.layers: 4"):
+        plan(alone("deepspeed", "pipeline", 3, "", beside=beside).config)
+
+
+def tied_pipelines(strategy: str = "ddp") -> Case:
     """Two pipelines side by side, whose embedding lies on the first stage and on the last of three."""
+    model = TIED.model_copy(update={"layers": 4})
+    beside = {"dp": {"degree": 2, "strategy": strategy}}
     data = Data(sequence=24, layout="padded")
-    return alone("deepspeed", "pipeline", 3, "tied, dp2", model=TIED, data=data, beside={"dp": {"degree": 2}})
+    return alone("deepspeed", "pipeline", 3, "tied, dp2", beside=beside, model=model, data=data)
 
 
-def test_two_pipelines_with_a_tied_embedding_have_the_gradients_of_one_process() -> None:
-    verdict = world.verifier().verify(tied_pipelines())
+@pytest.mark.parametrize("strategy", ["ddp", "zero1"])
+def test_two_pipelines_with_a_tied_embedding_have_the_gradients_of_one_process(strategy: str) -> None:
+    verdict = world.verifier().verify(tied_pipelines(strategy))
     assert verdict.status == "held", verdict.cause
     assert {"all_reduce other", "all_reduce dp_shard", "send pp x dp_shard"} <= set(verdict.traffic)
 

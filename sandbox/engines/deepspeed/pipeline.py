@@ -17,6 +17,7 @@ needs of the batch it takes from its own copy, in the order of the microbatches.
 as the last instruction of its schedule; here that is left to the trainer.
 
 Without ZeRO its pipeline clips all stages by the norm of the first. So it is told not to clip, and the sandbox does.
+With ZeRO-1 on dp it clips by the norm of all.
 
 Source: DeepSpeed 0.19.8; Narayanan et al., "PipeDream", SOSP 2019 (1F1B).
 """
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from sandbox.batch import Batch
 from sandbox.config import Config
 from sandbox.config import Options as Base
-from sandbox.engines.deepspeed import _engine
+from sandbox.engines.deepspeed import _engine, zero1
 from sandbox.errors import UnsupportedError
 from sandbox.mesh import Mesh
 from sandbox.model import Transformer
@@ -58,10 +59,15 @@ def check(config: Config, options: Options) -> None:
     degree, layers = config.mesh.pp.degree, config.model.layers
     if config.mesh.world != degree * config.mesh.dp.degree:
         raise UnsupportedError("mesh: DeepSpeed's pipeline was tried beside mesh.dp only. Leave out the other axes.")
-    if config.mesh.dp.degree > 1 and config.mesh.dp.strategy != "ddp":
+    if config.mesh.dp.degree > 1 and config.mesh.dp.strategy not in ("ddp", "zero1"):
         raise UnsupportedError(
-            "mesh.dp.strategy: DeepSpeed's pipeline refuses ZeRO-2 and ZeRO-3, and ZeRO-1 was not tried with it. Set "
-            "mesh.dp.strategy: ddp."
+            "mesh.dp.strategy: DeepSpeed's pipeline refuses ZeRO-2 and ZeRO-3. Set mesh.dp.strategy: zero1, or ddp."
+        )
+    if config.mesh.dp.degree > 1 and config.mesh.dp.strategy == "zero1" and 2 * degree > layers + 2:
+        raise UnsupportedError(
+            f"mesh.pp.degree {degree}: the first stage would be the embedding alone, without a vector. There ZeRO-1 of "
+            "DeepSpeed has a parameter group less than elsewhere and takes part in a sum less, for which the others "
+            f"wait for ever. Set model.layers: {2 * degree - 2}, or mesh.dp.strategy: ddp."
         )
     if degree > layers + 2:
         raise UnsupportedError(f"mesh.pp.degree {degree}: embedding, {layers} layers and head are {layers + 2} parts.")
@@ -122,7 +128,12 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
             dynamic_shape=True,
         )
     inner = program.make_optimizer(replace(program, parameters=params, layout=layout))
-    engine = _engine.initialize(replace(program, model=staged), inner, {"stage": 0}, gradient_clipping=0.0)
+    zero, clips = {"stage": 0}, {"gradient_clipping": 0.0}
+    if data > 1 and program.config.mesh.dp.strategy == "zero1":
+        zero, clips = zero1.section(1, zero1.Options.model_validate(program.config.mesh.dp.options)), {}
+        for name, param in params.items():  # tied are to it whole stages, and only the first counts in the norm
+            param.ds_pipe_replicated = name == tied and axis.rank > 0  # type: ignore[attr-defined]
+    engine = _engine.initialize(replace(program, model=staged), inner, zero, **clips)
     take_step = engine._exec_optimizer_step
     engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {OptimizerStep: lambda engine: None}
     engine.step = take_step
@@ -152,7 +163,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
         shard_batch=program.shard_batch,
         forward_backward=forward_backward,
         evaluate=evaluate,
-        clip=program.clip,
+        clip=program.clip if clips else driven.clip,
     )
 
 

@@ -27,6 +27,7 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor, nn
 
+from sandbox.batch import Batch
 from sandbox.comm import Axis, ring_bytes
 from sandbox.config import Config
 from sandbox.config import Options as Base
@@ -34,7 +35,7 @@ from sandbox.engines.deepspeed import _engine
 from sandbox.errors import UnsupportedError
 from sandbox.mesh import Mesh
 from sandbox.predict import Prediction, state_copies
-from sandbox.program import Program, materialise
+from sandbox.program import Program, materialise, shard_rows
 
 AXIS = "dp"
 REFUSES = _engine.REFUSES
@@ -57,8 +58,28 @@ def check(config: Config, options: Options) -> None:
 
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
-    """Return `program` run by a DeepSpeed engine of stage 1."""
+    """Return `program` run by a DeepSpeed engine of stage 1, or by that of the pipeline."""
+    if mesh.axis("pp").size > 1:
+        return beside_pipeline(program, mesh)
     return apply_stage(1, program, mesh, options)
+
+
+def beside_pipeline(program: Program, mesh: Mesh) -> Program:
+    """Return `program`, which is run by the pipeline's engine with stage 1 (pipeline.py), with its rows cut over dp."""
+    placed, collect = place(program, mesh.axis("dp_shard"))
+
+    def forward_backward(finished: Program, microbatches: list[Batch], valid: float) -> Tensor:
+        loss = program.forward_backward(finished, microbatches, valid)
+        collect()
+        return loss
+
+    def refresh() -> None:
+        program.refresh()
+        for piece in placed.parameters.values():
+            piece.grad = None  # the engine has let go of it too
+
+    rows = shard_rows(program, mesh)
+    return replace(placed, shard_batch=rows, forward_backward=forward_backward, refresh=refresh)
 
 
 def apply_stage(stage: int, program: Program, mesh: Mesh, options: Options) -> Program:
