@@ -64,6 +64,9 @@ class Board(Protocol):
     def leave(self) -> None:
         """The rank has what it waited for."""
 
+    def alive(self) -> None:
+        """The rank gets on with something else: it reads or writes a checkpoint."""
+
 
 @dataclass
 class Event:

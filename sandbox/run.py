@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Literal, Self, TextIO
 
 import torch
 from rich.console import Console
@@ -24,15 +24,18 @@ from sandbox.runtime import Member, attach, attached, launch, started
 from sandbox.supervisor import Supervision, resized, supervise
 from sandbox.trainer import Step, Trainer
 
-__all__ = ["Log", "device_of", "start", "train"]
+__all__ = ["Log", "Resume", "device_of", "start", "train"]
+
+Resume = Literal["never", "newest", "good"]
+"""Where a training begins: at its first step, or if there is one at the newest checkpoint, or the newest good one."""
 
 
-def train(member: Member, config: Config, folder: Path, resume: bool) -> float:
+def train(member: Member, config: Config, folder: Path, resume: Resume) -> float:
     """Train on this rank; report through `member.send` on rank 0 -> the last validation loss, in nats a token.
 
-    `resume`: from the newest checkpoint in the folder, if there is one. A checkpoint that cannot be written is told,
-    and the training goes on; only of the last one it is an error.
+    A checkpoint that cannot be written is told, and the training goes on; only of the last one it is an error.
 
+    Raises CheckpointError: the newest is damaged, or if `resume` is "good", all of them.
     Raises TrainingError: a loss or a norm that is no number, or a batch that the model cannot take.
     """
     device = torch.device(member.device)
@@ -41,17 +44,21 @@ def train(member: Member, config: Config, folder: Path, resume: bool) -> float:
     trainer = Trainer(config, mesh, device, corpus)
     send: Callable[[dict[str, Any]], None] = member.send if member.rank == 0 else lambda message: None
     kept = folder / "checkpoints"
-    if resume:
-        checkpoint.restore_newest(trainer, kept)
+
+    def warn(text: str) -> None:
+        send({"step": trainer.step, "warning": text})
+
+    if resume != "never":
+        checkpoint.restore_newest(trainer, kept, warn if resume == "good" else None)
     send({"run": _facts(trainer)})
     every, settings = config.train.eval_every, config.run
     loss = float("nan")
     beside = settings.checkpoint_async and settings.checkpoint_every > 0
 
-    def warn(error: CheckpointError) -> None:
-        send({"step": trainer.step, "warning": f"{error}. The training goes on."})
+    def unsaved(error: CheckpointError) -> None:
+        warn(f"{error}. The training goes on.")
 
-    with checkpoint.Saver(kept, keep=settings.checkpoint_keep, asynchronous=beside, warn=warn) as saver:
+    with checkpoint.Saver(kept, keep=settings.checkpoint_keep, asynchronous=beside, warn=unsaved) as saver:
         for step in trainer.run():
             _see_numbers(step, config)
             send(asdict(step))
@@ -84,8 +91,9 @@ def start(
 ) -> float:
     """Train as one rank of torchrun, or launch the whole world here -> the last validation loss, in nats a token.
 
-    `resume` needs a checkpoint in the folder; `autoresume` goes on from one if it is there. Under torchrun, of
-    `supervision` only the fewest ranks count: restarts are torchrun's.
+    `resume` needs a checkpoint in the folder, and takes the newest or none; `autoresume` goes on from the newest good
+    one if there is one, and so does a restart. Under torchrun, of `supervision` only the fewest ranks count: restarts
+    are torchrun's.
     """
     how = supervision or Supervision()
     how.check(config)
@@ -98,11 +106,12 @@ def start(
     device = device_of(config)
     if not attached():
         Corpus.load(config.data, config.model.vocab)  # a text that no rank could read is told before ranks start
-    kept, notes = folder / "checkpoints", []
-    found = checkpoint.latest(kept) if resume else checkpoint.newest(kept) if autoresume else None
+    kept, notes = folder / "checkpoints", list[str]()
+    first: Resume = "newest" if resume else "good" if autoresume else "never"
+    found = checkpoint.latest(kept) if resume else checkpoint.candidate(kept, config) if autoresume else None
     if found:
         checkpoint.check(found, config)
-        notes = [f"going on from {found}", *checkpoint.changes(found, config)]
+        notes = checkpoint.changes(found, config)
     elif not autoresume and kept.exists() and any(kept.iterdir()):
         raise CheckpointError(
             f"{kept}: holds checkpoints of an earlier run. Go on from there with --resume, name another --folder, "
@@ -111,12 +120,11 @@ def start(
     with Log(folder, config.train.steps, append=found is not None, notes=notes) as log:
         options: dict[str, Any] = {"timeout": config.run.timeout, "on_message": log.take}
         if attached():
-            again = resume or autoresume
-            return attach(config.mesh.world, train, config, folder, again, device=device, **options)
+            return attach(config.mesh.world, train, config, folder, first, device=device, **options)
 
         def attempt(config: Config) -> float:
-            again = resume or autoresume or log.faults > 0
-            return launch(config.mesh.world, train, config, folder, again, device=device_of(config), **options)[0]
+            where: Resume = "good" if log.faults else first
+            return launch(config.mesh.world, train, config, folder, where, device=device_of(config), **options)[0]
 
         return supervise(attempt, config, how, log.fault)
 
@@ -226,6 +234,9 @@ class Log:
             f"({facts['mesh']}), {facts['device']}\n{facts['corpus']}",
             soft_wrap=True,
         )
+        if self.append:
+            newest = self.folder / "checkpoints" / f"step-{facts['from_step']:06d}"
+            self.console.print(f"going on from {newest}", soft_wrap=True)
         for note in self.notes:
             self.console.print(note, soft_wrap=True)
 

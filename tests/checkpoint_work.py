@@ -13,6 +13,7 @@ from sandbox import checkpoint
 from sandbox.batch import Batch
 from sandbox.checkpoint import folder as folders
 from sandbox.checkpoint import storage, whole
+from sandbox.checkpoint.together import Together
 from sandbox.comm import all_reduce
 from sandbox.config import Config
 from sandbox.errors import CheckpointError
@@ -309,10 +310,10 @@ def full_disk_on_one_rank(member: Member, config: Config, folder: Path, rank: in
 def few_tensors_many_ranks(member: Member, folder: Path) -> None:
     """Most ranks have nothing to write."""
     whole_ = storage.Piece(Layout.whole((3,)), torch.arange(3.0))
-    together, partial = storage.together, folder / "step-000001.partial"
+    together, partial = Together(), folder / "step-000001.partial"
     if member.rank == 0:
         folders.begin(folder, 1)
-    together(lambda: None, None)
-    sums = storage.write(partial, {"parameters/x": whole_}, None)
+    together(lambda: None)
+    sums = storage.write(partial, {"parameters/x": whole_}, together)
     if member.rank == 0:
         folders.publish(partial, {"step": 1, "config": {}}, sums)

@@ -70,26 +70,26 @@ class Blow:
         os.kill(os.getpid(), getattr(signal, self.kind))
 
 
-def struck(member: Member, config: Config, folder: Path, resume: bool, blow: Blow | None) -> float:
+def struck(member: Member, config: Config, folder: Path, resume: run.Resume, blow: Blow | None) -> float:
     """`run.train`, with a blow on one of the ranks."""
     if blow and member.rank == blow.rank % member.world:
         blow.arm()
     return run.train(member, config, folder, resume)
 
 
-def forgetful(member: Member, config: Config, folder: Path, resume: bool, blow: Blow | None) -> float:
+def forgetful(member: Member, config: Config, folder: Path, resume: run.Resume, blow: Blow | None) -> float:
     """A restart with a bug: what the optimizer has gathered is not restored."""
     restore = checkpoint.restore_newest
 
-    def forget(trainer: Trainer, kept: Path) -> None:
-        restore(trainer, kept)
+    def forget(trainer: Trainer, *args: Any) -> None:
+        restore(trainer, *args)
         moments_dropped(trainer)
 
     checkpoint.restore_newest = forget
     return struck(member, config, folder, resume, blow)
 
 
-def not_a_number(member: Member, config: Config, folder: Path, resume: bool, blow: Blow | None) -> float:
+def not_a_number(member: Member, config: Config, folder: Path, resume: run.Resume, blow: Blow | None) -> float:
     """In the third step, a parameter is none."""
     update = Trainer.update
 
@@ -104,7 +104,7 @@ def not_a_number(member: Member, config: Config, folder: Path, resume: bool, blo
     return run.train(member, config, folder, resume)
 
 
-def unknown_token(member: Member, config: Config, folder: Path, resume: bool, blow: Blow | None) -> float:
+def unknown_token(member: Member, config: Config, folder: Path, resume: run.Resume, blow: Blow | None) -> float:
     """In the third step, the text holds what the model has no row for."""
     draw = Corpus.batch
 
@@ -118,7 +118,7 @@ def unknown_token(member: Member, config: Config, folder: Path, resume: bool, bl
     return run.train(member, config, folder, resume)
 
 
-def full_disk(member: Member, config: Config, folder: Path, resume: bool, blow: Blow | None) -> float:
+def full_disk(member: Member, config: Config, folder: Path, resume: run.Resume, blow: Blow | None) -> float:
     """The last rank has no room for the second checkpoint."""
     write, saves = storage._Writer.write_data, 0
 

@@ -12,6 +12,8 @@ has no generator: nothing else is random.
     folder    a checkpoint on disk: whole or not there, and still what was written
     storage   pieces of logical tensors -> DCP's files -> other pieces
     state     a trainer's state as pieces
+    together  work that every rank does, at its own pace, but not for ever
+    watched   files that tell how much of them has been read or written
     saver     saving, perhaps while the training goes on
     resume    what must be the same to go on, and going on
     whole     a checkpoint as whole tensors, without the world that wrote it
@@ -19,7 +21,9 @@ has no generator: nothing else is random.
 """
 
 from sandbox.checkpoint.folder import find, latest, newest
-from sandbox.checkpoint.resume import changes, check, restore, restore_newest
+from sandbox.checkpoint.resume import candidate, changes, check, restore, restore_newest
 from sandbox.checkpoint.saver import Saver, save
 
-__all__ = ["Saver", "changes", "check", "find", "latest", "newest", "restore", "restore_newest", "save"]
+__all__ = [
+    "Saver", "candidate", "changes", "check", "find", "latest", "newest", "restore", "restore_newest", "save",
+]  # fmt: skip

@@ -14,12 +14,15 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from sandbox.checkpoint.watched import Moved, Watched, unheard
 from sandbox.errors import CheckpointError
 
 __all__ = [
-    "FACTS", "SUMS", "begin", "checksum", "facts", "find", "latest", "newest", "problems", "prune", "publish", "told",
+    "ADVICE", "FACTS", "SUMS", "begin", "checksum", "complete", "facts", "find", "latest", "newest", "problems",
+    "prune", "publish", "set_aside", "told",
 ]  # fmt: skip
 
+ADVICE = "Remove the checkpoint, and go on from one before."
 FACTS = "run.json"
 SUMS = "SHA256SUMS"
 """Checksums of all other files, in the format of `sha256sum`. That it is there says that the save came to its end."""
@@ -38,8 +41,14 @@ def latest(folder: Path) -> Path:
 
 def newest(folder: Path) -> Path | None:
     """As `latest`, but None if there is none."""
-    found = _complete(folder)
+    found = complete(folder)
     return found[-1] if found else None
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest first."""
+    steps = {path: match for path in _entries(folder) if (match := _NAME.fullmatch(path.name))}
+    return sorted((path for path in steps if (path / SUMS).exists()), key=lambda path: int(steps[path][1]))
 
 
 def find(path: Path) -> Path:
@@ -61,7 +70,7 @@ def facts(checkpoint: Path) -> dict[str, Any]:
         if not all(isinstance(section, dict) for section in sections.values()):
             raise TypeError("a section is no mapping")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{checkpoint / FACTS}: is damaged ({told(error)}). {_ADVICE}") from None
+        raise CheckpointError(f"{checkpoint / FACTS}: is damaged ({told(error)}). {ADVICE}") from None
     return {"step": step, "config": {**config, **sections}}
 
 
@@ -70,7 +79,7 @@ def begin(folder: Path, step: int) -> Path:
     final = folder / f"step-{step:06d}"
     if final.exists():
         raise CheckpointError(f"{final}: exists already, and a checkpoint is never overwritten. Remove it first.")
-    for leftover in folder.glob("step-*.*"):
+    for leftover in (*folder.glob("step-*.partial"), *folder.glob("step-*.old")):
         shutil.rmtree(leftover)
     partial = final.with_suffix(".partial")
     partial.mkdir(parents=True)
@@ -91,17 +100,24 @@ def publish(partial: Path, about: Mapping[str, Any], sums: Mapping[str, str]) ->
 
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, at least one."""
-    for old in _complete(folder)[: -max(1, keep)]:
+    for old in complete(folder)[: -max(1, keep)]:
         shutil.rmtree(old.rename(old.with_suffix(".old")))  # renamed, for half a checkpoint must not look like one
 
 
-def checksum(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with file.open("rb") as stream:
+def set_aside(checkpoint: Path) -> Path:
+    """Give a damaged checkpoint another name, under which it is none, and is kept for whoever wants to look at it."""
+    aside = checkpoint.with_suffix(".damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint.rename(aside)
+
+
+def checksum(file: Path, moved: Moved = unheard) -> str:
+    """SHA-256 of a file, in hexadecimal. `moved` is told of the bytes as they are read."""
+    with Watched(file, "r", moved) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
+def problems(checkpoint: Path, part: int = 0, parts: int = 1, moved: Moved = unheard) -> list[str]:
     """What is wrong with the files, a sentence each; of `parts` ranks, the one numbered `part` reads its share of them.
 
     Reading costs what SHA-256 does, two thirds of a second for a gigabyte, divided by the ranks.
@@ -110,33 +126,24 @@ def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
         text = (checkpoint / SUMS).read_text(encoding="utf-8")
         present = {entry.name for entry in checkpoint.iterdir()} - {SUMS}
     except (OSError, UnicodeDecodeError) as error:
-        return [f"{checkpoint / SUMS}: cannot be read ({getattr(error, 'strerror', None) or error}). {_ADVICE}"]
+        return [f"{checkpoint / SUMS}: cannot be read ({getattr(error, 'strerror', None) or error}). {ADVICE}"]
     sums = {name: digest for digest, name in _LINE.findall(text)}
     if len(text) != sum(len(digest) + len(name) + 3 for name, digest in sums.items()) or FACTS not in sums:
-        return [f"{checkpoint / SUMS}: is damaged. {_ADVICE}"]
-    found = [f"{checkpoint / name}: is missing. {_ADVICE}" for name in sorted(sums.keys() - present)]
-    found += [f"{checkpoint / name}: is not in {SUMS}. {_ADVICE}" for name in sorted(present - sums.keys())]
+        return [f"{checkpoint / SUMS}: is damaged. {ADVICE}"]
+    found = [f"{checkpoint / name}: is missing. {ADVICE}" for name in sorted(sums.keys() - present)]
+    found += [f"{checkpoint / name}: is not in {SUMS}. {ADVICE}" for name in sorted(present - sums.keys())]
     for name in sorted(sums.keys() & present)[part::parts]:
         try:
-            if checksum(checkpoint / name) != sums[name]:
-                found.append(f"{checkpoint / name}: is damaged: its checksum is not the one in {SUMS}. {_ADVICE}")
+            if checksum(checkpoint / name, moved) != sums[name]:
+                found.append(f"{checkpoint / name}: is damaged: its checksum is not the one in {SUMS}. {ADVICE}")
         except OSError as error:
-            found.append(f"{checkpoint / name}: cannot be read ({error.strerror}). {_ADVICE}")
+            found.append(f"{checkpoint / name}: cannot be read ({error.strerror}). {ADVICE}")
     return found
 
 
 def told(error: Exception) -> str:
     """An error that a file brought about, in some words: its own may hold all of the file."""
     return shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
-
-
-_ADVICE = "Remove the checkpoint, and go on from one before."
-
-
-def _complete(folder: Path) -> list[Path]:
-    """Checkpoints, oldest first."""
-    steps = {path: match for path in _entries(folder) if (match := _NAME.fullmatch(path.name))}
-    return sorted((path for path in steps if (path / SUMS).exists()), key=lambda path: int(steps[path][1]))
 
 
 def _entries(folder: Path) -> Iterable[Path]:

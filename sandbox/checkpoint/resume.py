@@ -1,18 +1,20 @@
 """What must be the same for a training to go on, and going on."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sandbox.checkpoint.folder import facts, newest, problems
+from sandbox.checkpoint.folder import ADVICE, complete, facts, problems, set_aside
 from sandbox.checkpoint.state import put, wanted
-from sandbox.checkpoint.storage import Piece, index, read, together
+from sandbox.checkpoint.storage import Piece, index, read
+from sandbox.checkpoint.together import Together
 from sandbox.config import Config, Model
 from sandbox.data import Corpus
 from sandbox.errors import CheckpointError
 from sandbox.trainer import Trainer
 
-__all__ = ["about", "changes", "check", "restore", "restore_newest"]
+__all__ = ["about", "candidate", "changes", "check", "restore", "restore_newest"]
 
 SAME = {
     "model": tuple(name for name in Model.model_fields if name != "init"),
@@ -49,10 +51,20 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
 
     Raises CheckpointError: damaged, or saved by another training. The trainer is then as it was.
     """
-    mesh = trainer.mesh
-    found = together(lambda: problems(checkpoint, mesh.rank, mesh.world), None)
-    if wrong := dict.fromkeys(problem for part in found for problem in part):
+    together = Together.of(trainer)
+    if wrong := _problems(trainer, checkpoint, together):
         raise CheckpointError("\n".join(wrong))
+    _load(trainer, checkpoint, together)
+
+
+def _problems(trainer: Trainer, checkpoint: Path, together: Together) -> list[str]:
+    """What is wrong with the files, the same on all ranks, each of which reads its share."""
+    rank, world = trainer.mesh.rank, trainer.mesh.world
+    found = together(lambda: problems(checkpoint, rank, world, together.moved))
+    return list(dict.fromkeys(problem for part in found for problem in part))
+
+
+def _load(trainer: Trainer, checkpoint: Path, together: Together) -> None:
     check(checkpoint, trainer.config, trainer.corpus)
     if trainer.config.engine != "native":  # torch's DDP cuts its buckets anew after its first backward, and rounds so
         trainer.compute_gradients(trainer.batch())
@@ -61,18 +73,57 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
 
     def fetch() -> None:
         pieces.update(wanted(trainer, index(checkpoint)))
-        read(checkpoint, pieces)
+        read(checkpoint, pieces, together.moved)
 
-    together(fetch, None)
+    together(fetch)
     put(trainer, pieces)
     trainer.step = facts(checkpoint)["step"]
 
 
-def restore_newest(trainer: Trainer, folder: Path) -> None:
-    """As `restore`, from the newest checkpoint in `folder` as the first rank sees it; without any, do nothing."""
-    found = together(lambda: newest(folder) if trainer.mesh.rank == 0 else None, None)[0]
-    if found:
-        restore(trainer, found)
+def restore_newest(trainer: Trainer, folder: Path, warn: Callable[[str], None] | None = None) -> None:
+    """As `restore`, from the newest checkpoint in `folder` as the first rank sees it; without any, do nothing.
+
+    With `warn`, from the newest good one. Those that are damaged are then set aside, so that the training can come by
+    their steps again, and told.
+
+    Raises CheckpointError: damaged; with `warn`, all of them.
+    """
+    together, first = Together.of(trainer), trainer.mesh.rank == 0
+    found = together(lambda: complete(folder)[::-1] if first else [])[0]
+    damaged: dict[Path, list[str]] = {}
+    for checkpoint in found if warn else found[:1]:
+        if not (wrong := _problems(trainer, checkpoint, together)):
+            break
+        damaged[checkpoint] = wrong
+    else:
+        if damaged:
+            raise CheckpointError("\n".join(problem for wrong in damaged.values() for problem in wrong))
+        return
+    _load(trainer, checkpoint, together)
+    aside = together(lambda: [set_aside(path) for path in damaged] if first else [])[0]
+    for place, wrong in zip(aside, damaged.values(), strict=True):
+        told = "\n".join(problem.removesuffix(ADVICE).rstrip() for problem in wrong)
+        assert warn
+        warn(f"{told} It is set aside as {place.name}, and the run goes on from {checkpoint.name}.")
+
+
+def candidate(folder: Path, config: Config) -> Path | None:
+    """The checkpoint that a training of `config` would go on from if none is damaged; None if there is none at all.
+
+    Raises CheckpointError: it is of another training, or not one can be read.
+    """
+    unreadable: CheckpointError | None = None
+    for checkpoint in reversed(complete(folder)):
+        try:
+            facts(checkpoint)
+        except CheckpointError as error:
+            unreadable = unreadable or error
+            continue
+        check(checkpoint, config)
+        return checkpoint
+    if unreadable:
+        raise unreadable
+    return None
 
 
 def changes(checkpoint: Path, config: Config) -> list[str]:

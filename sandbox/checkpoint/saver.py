@@ -17,7 +17,8 @@ import torch.distributed as dist
 from sandbox.checkpoint import folder as folders
 from sandbox.checkpoint.resume import about
 from sandbox.checkpoint.state import held
-from sandbox.checkpoint.storage import Piece, together, write
+from sandbox.checkpoint.storage import Piece, write
+from sandbox.checkpoint.together import Together
 from sandbox.errors import CheckpointError
 from sandbox.trainer import Trainer
 
@@ -41,7 +42,7 @@ class Saver:
     ) -> None:
         self.folder, self.keep, self.asynchronous, self._warn = folder, keep, asynchronous, warn
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
-        self._group = _own_group() if asynchronous else None
+        self._together: Together | None = None
         self._pending: Future[None] | None = None
 
     def __enter__(self) -> Self:
@@ -55,6 +56,7 @@ class Saver:
         """Save the trainer's state; if `asynchronous`, return as soon as it is copied.
 
         Raises CheckpointError, on all ranks, if nobody is warned: this save, or the one before, could not be written.
+        Raises WorkerError, on all ranks: the disk is stuck.
         """
         try:
             self.wait()
@@ -62,14 +64,15 @@ class Saver:
             if self._warn is None:
                 raise
             self._warn(error)
+        self._together = self._together or Together.of(trainer, own=self.asynchronous)
         pieces = held(trainer, copy=self.asynchronous)
         facts = about(trainer)
         if self._thread:
-            self._pending = self._thread.submit(self._write, trainer.step, pieces, facts)
+            self._pending = self._thread.submit(self._write, self._together, trainer.step, pieces, facts)
             return
         self._pending = Future()
         try:
-            self._write(trainer.step, pieces, facts)
+            self._write(self._together, trainer.step, pieces, facts)
             self._pending.set_result(None)
         except CheckpointError as error:
             self._pending.set_exception(error)
@@ -82,18 +85,18 @@ class Saver:
         if pending:
             pending.result()
 
-    def _write(self, step: int, pieces: Mapping[str, Piece], facts: Mapping[str, Any]) -> None:
-        first, group = not dist.is_initialized() or dist.get_rank() == 0, self._group
+    def _write(self, together: Together, step: int, pieces: Mapping[str, Piece], facts: Mapping[str, Any]) -> None:
+        first = not dist.is_initialized() or dist.get_rank() == 0
         try:
-            (partial, *_) = together(lambda: folders.begin(self.folder, step) if first else None, group)
+            (partial, *_) = together(lambda: folders.begin(self.folder, step) if first else None)
             partial = cast(Path, partial)
-            sums = write(partial, pieces, group)
+            sums = write(partial, pieces, together)
 
             def publish() -> None:
                 folders.publish(partial, facts, sums)
                 folders.prune(self.folder, self.keep)
 
-            together(lambda: publish() if first else None, group)
+            together(lambda: publish() if first else None)
         except CheckpointError as error:
             raise CheckpointError(f"{self.folder}: step {step} could not be saved: {error}") from None
 
@@ -103,7 +106,3 @@ def save(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
     with Saver(folder, keep=keep) as saver:
         saver.save(trainer)
     return folders.latest(folder)
-
-
-def _own_group() -> dist.ProcessGroup | None:
-    return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if dist.is_initialized() else None

@@ -8,9 +8,12 @@ torch's `save` what to leave out: ranks exchange plans, then write, and reading 
 """
 
 import math
+import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar, cast
 
@@ -19,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -31,10 +34,12 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import WriteResult
 
 from sandbox.checkpoint.folder import checksum, told
+from sandbox.checkpoint.together import Together
+from sandbox.checkpoint.watched import Moved, Watched, unheard
 from sandbox.errors import CheckpointError
 from sandbox.layout import Layout
 
-__all__ = ["Piece", "Stored", "index", "read", "together", "write"]
+__all__ = ["Piece", "Stored", "index", "read", "write"]
 
 T = TypeVar("T")
 
@@ -97,29 +102,11 @@ class Stored(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def together(work: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
-    """Do `work` on all ranks -> its results by rank. If it fails on one, CheckpointError on all."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    done: list[tuple[T | None, str]] = [(None, "")] * world
-    try:
-        mine: tuple[T | None, str] = work(), ""
-    except CheckpointError as error:
-        mine = None, str(error)
-    except Exception as error:
-        mine = None, f"on rank {rank}: {error!r}"
-    if world > 1:
-        dist.all_gather_object(done, mine, group=group)
-    else:
-        done = [mine]
-    if failed := list(dict.fromkeys(error for _, error in done if error)):
-        raise CheckpointError("\n".join(failed))
-    return [cast(T, result) for result, _ in done]
-
-
-def write(folder: Path, pieces: Mapping[str, Piece], group: dist.ProcessGroup | None) -> dict[str, str]:
+def write(folder: Path, pieces: Mapping[str, Piece], together: Together) -> dict[str, str]:
     """Write the pieces of all ranks to `folder`, each box once -> checksums by file. All ranks call it."""
     rank = dist.get_rank() if dist.is_initialized() else 0
-    writer, planner = _Writer(folder), _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    writer = _Writer(folder, together.moved)
+    planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     writer.set_up_storage_writer(rank == 0, rank=rank)
     planner.set_up_planner(dict(pieces), None, rank == 0)
     families = {name: piece.family for name, piece in pieces.items()}
@@ -127,14 +114,14 @@ def write(folder: Path, pieces: Mapping[str, Piece], group: dist.ProcessGroup | 
     def offer() -> SavePlan:
         return replace(writer.prepare_local_plan(planner.create_local_plan()), planner_data=families)
 
-    plans, index = planner.create_global_plan(_once(together(offer, group)))  # the same on every rank
+    plans, index = planner.create_global_plan(_once(together(offer)))  # the same on every rank
     plan = planner.finish_plan(writer.prepare_global_plan(plans)[rank])
 
     def store() -> tuple[list[WriteResult], dict[str, str]]:
         results = writer.write_data(plan, planner).wait()
-        return results, {file.name: checksum(file) for file in folder.glob(f"__{rank}_*")}
+        return results, {file.name: checksum(file, together.moved) for file in folder.glob(f"__{rank}_*")}
 
-    stored = together(store, group)
+    stored = together(store)
 
     def finish() -> str:
         if rank:
@@ -143,7 +130,7 @@ def write(folder: Path, pieces: Mapping[str, Piece], group: dist.ProcessGroup | 
         return checksum(folder / ".metadata")
 
     sums = {name: digest for _, found in stored for name, digest in found.items()}
-    sums[".metadata"], *_ = together(finish, group)
+    sums[".metadata"], *_ = together(finish)
     return sums
 
 
@@ -172,11 +159,12 @@ def index(checkpoint: Path) -> dict[str, Stored]:
     }
 
 
-def read(checkpoint: Path, pieces: Mapping[str, Piece]) -> None:
+def read(checkpoint: Path, pieces: Mapping[str, Piece], moved: Moved = unheard) -> None:
     """Fill `pieces` from a checkpoint that any world has written. Raises CheckpointError."""
 
     def fill() -> None:
-        reader, planner = _Reader(checkpoint), _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        reader = _Reader(checkpoint, moved)
+        planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         found = reader.read_metadata()
         reader.set_up_storage_reader(found, is_coordinator=False)
         planner.set_up_planner(dict(pieces), found)
@@ -213,13 +201,34 @@ class _LoadPlanner(DefaultLoadPlanner):
         return cast(Piece, self.state_dict[index.fqn]).view(index.offset)
 
 
+class _Files(FileSystem):
+    """DCP's way to the disk, on which bytes are counted."""
+
+    def __init__(self, moved: Moved) -> None:
+        self.moved = moved
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        file = Watched(Path(path), mode, self.moved)
+        with BufferedWriter(file) if "w" in mode else BufferedReader(file) as stream:
+            yield stream
+
+
 class _Writer(FileSystemWriter):
+    def __init__(self, folder: Path, moved: Moved) -> None:
+        super().__init__(folder)
+        self.fs = _Files(moved)
+
     def storage_meta(self) -> None:  # it would tell where on this machine the checkpoint was written
         return None
 
 
 class _Reader(FileSystemReader):
     """Reads the index, a pickle, without running what it says; the tensors are read so by torch itself."""
+
+    def __init__(self, folder: Path, moved: Moved = unheard) -> None:
+        super().__init__(folder)
+        self.fs = _Files(moved)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:

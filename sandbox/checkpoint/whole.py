@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sandbox.checkpoint.folder import begin, facts, problems, publish
 from sandbox.checkpoint.storage import Piece, index, read, write
+from sandbox.checkpoint.together import Together
 from sandbox.errors import CheckpointError
 from sandbox.layout import Layout
 
@@ -30,7 +31,7 @@ def load(checkpoint: Path, prefix: str = "") -> dict[str, Tensor]:
 def make(folder: Path, step: int, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
     """Write whole tensors by name, such as `parameters/embed.weight`, as the checkpoint of `step` in `folder`."""
     partial = begin(folder, step)
-    sums = write(partial, {name: Piece(Layout.whole(tuple(t.shape)), t) for name, t in tensors.items()}, None)
+    sums = write(partial, {name: Piece(Layout.whole(tuple(t.shape)), t) for name, t in tensors.items()}, Together())
     return publish(partial, {"step": step, "config": config}, sums)
 
 

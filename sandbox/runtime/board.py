@@ -18,7 +18,7 @@ from zlib import crc32
 __all__ = ["KEPT", "Board", "Entry", "Start", "ranks", "size_of", "stalled"]
 
 _RECORD = struct.Struct("=ddqq32s32s")  # entered, left, number, size, op, axis
-_LEFT = struct.Struct("=d")
+_MOMENT = struct.Struct("=d")
 _START = struct.Struct("=qI32s32s32sq")  # count, chain, members, op, axis, whole
 
 KEPT = 512
@@ -27,7 +27,10 @@ KEPT = 512
 
 @dataclass(frozen=True)
 class Entry:
-    """One rank's last collective. `size` is in bytes; `entered` and `left` are `time.monotonic()`, 0 for not yet."""
+    """One rank's last collective. `size` is in bytes; `entered` and `left` are `time.monotonic()`, 0 for not yet.
+
+    `alive` is when the rank last got on with something else: reading or writing a checkpoint.
+    """
 
     entered: float
     left: float
@@ -35,6 +38,7 @@ class Entry:
     size: int
     op: str
     axis: str
+    alive: float = 0.0
 
     @property
     def waiting(self) -> bool:
@@ -43,8 +47,8 @@ class Entry:
 
     @property
     def moved(self) -> float:
-        """When the rank entered or left, whichever was last."""
-        return max(self.entered, self.left)
+        """When the rank entered, left or got on with something else, whichever was last."""
+        return max(self.entered, self.left, self.alive)
 
     @property
     def name(self) -> str:
@@ -54,8 +58,10 @@ class Entry:
     def __str__(self) -> str:
         if not self.entered:
             return "no collective so far"
-        ago = f"{time.monotonic() - self.moved:.1f} s"
-        return f"waiting for {ago} in {self.name}" if self.waiting else f"finished {self.name}, {ago} ago"
+        now = time.monotonic()
+        ago = f"{now - max(self.entered, self.left):.1f} s"
+        text = f"waiting for {ago} in {self.name}" if self.waiting else f"finished {self.name}, {ago} ago"
+        return text if self.alive < self.moved else f"{text}; moved a checkpoint's bytes {now - self.alive:.1f} s ago"
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,8 @@ class Board:
     def __init__(self, memory: mmap.mmap, rank: int) -> None:
         self._memory = memory
         self._offset = rank * size_of(1)
-        self._starts = self._offset + _RECORD.size
+        self._alive = self._offset + _RECORD.size
+        self._starts = self._alive + _MOMENT.size
         self._started = 0
         self._chains: dict[int, tuple[int, int]] = {}
 
@@ -99,7 +106,11 @@ class Board:
 
     def leave(self) -> None:
         """Note that the rank has left the collective that it entered last."""
-        _LEFT.pack_into(self._memory, self._offset + _LEFT.size, time.monotonic())
+        _MOMENT.pack_into(self._memory, self._offset + _MOMENT.size, time.monotonic())
+
+    def alive(self) -> None:
+        """Note that the rank gets on with something that is no collective. May be called by another thread."""
+        _MOMENT.pack_into(self._memory, self._alive, time.monotonic())
 
     def start(self, members: int, op: str, axis: str, whole: int) -> None:
         """Note that the rank starts a collective of the group `members`, as in `Start`."""
@@ -123,7 +134,8 @@ class Board:
     def read(self) -> Entry:
         """The rank's last collective."""
         entered, left, number, size, op, axis = _RECORD.unpack_from(self._memory, self._offset)
-        return Entry(entered, left, number, size, _text(op), _text(axis))
+        (alive,) = _MOMENT.unpack_from(self._memory, self._alive)
+        return Entry(entered, left, number, size, _text(op), _text(axis), alive)
 
 
 def _text(name: bytes) -> str:
@@ -132,7 +144,7 @@ def _text(name: bytes) -> str:
 
 def size_of(world: int) -> int:
     """Bytes of the memory of a board for `world` ranks."""
-    return world * (_RECORD.size + KEPT * _START.size)
+    return world * (_RECORD.size + _MOMENT.size + KEPT * _START.size)
 
 
 def stalled(entries: Sequence[Entry], *, returned: Set[int], places: Mapping[int, str], timeout: float) -> str:

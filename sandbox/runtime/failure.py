@@ -73,6 +73,8 @@ def verdict(failures: Collection[Failure], also: str = "") -> SandboxError:
     """The error to raise for these failures of one world, at least one: the cause's text, who failed too, `also`."""
     cause, *others = sorted(failures, key=lambda failure: (failure.echo, failure.moment))
     if cause.error:
+        if isinstance(cause.error, WorkerError):
+            cause.error.moment = cause.moment
         return cause.error
     echoes = sorted(failure.rank for failure in others if failure.echo)
     rest = sorted(failure.rank for failure in others if not failure.echo)

@@ -1,0 +1,118 @@
+"""Work that every rank does, each its part: at its own pace, but not for ever.
+
+A disk may be slow, and that is no fault; or stuck, and that is one. A collective cannot tell: it fails after a fixed
+time, however much the others get done in it. So each rank works in a thread, and meanwhile all tell one another, ten
+times in `timeout`, how many bytes they have moved. While any rank moves some, or comes to its end, all wait on.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from datetime import timedelta
+from threading import Thread
+from typing import Any, Generic, Self, TypeVar, cast
+
+import torch.distributed as dist
+
+from sandbox.errors import CheckpointError, WorkerError
+from sandbox.runtime.board import ranks
+from sandbox.trainer import Trainer
+
+__all__ = ["Together"]
+
+T = TypeVar("T")
+
+_LOOKS = 10  # in the time after which standing still is a fault
+_STILL = 8  # looks, so that this is told before the launcher takes it for a hang that it knows nothing of
+
+
+class Together:
+    """`together(work)`: see there. All ranks make one, and call it alike.
+
+    `timeout` in s, None for ever. `alive` is called whenever this rank has moved bytes: `together.moved(bytes)` in
+    the work. `group` None: the world's.
+
+    Raises CheckpointError, on all ranks: it failed on one.
+    Raises WorkerError, on all ranks: for `timeout` no rank moved a byte.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        timeout: float | None = None,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.group, self.timeout, self._alive, self._bytes = group, timeout, alive, 0
+
+    @classmethod
+    def of(cls, trainer: Trainer, *, own: bool = False) -> Self:
+        """For the ranks of a trainer. `own`: in a group of their own, for a thread beside the training."""
+        timeout, board, group = trainer.config.run.timeout, trainer.mesh.recorder.board, None
+        if own and dist.is_initialized():
+            limit = timedelta(seconds=2 * timeout)
+            group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=limit))
+        return cls(group, timeout, board.alive if board else lambda: None)
+
+    def moved(self, count: int) -> None:
+        """Note that this rank has read or written so many bytes. Called by the work."""
+        self._bytes += count
+        self._alive()
+
+    def __call__(self, work: Callable[[], T]) -> list[T]:
+        """Do `work` on all ranks -> its results by rank."""
+        mine = _begun(work)
+        before, still = None, 0
+        while True:
+            wait([mine], None if self.timeout is None else self.timeout / _LOOKS)
+            everyone = self._exchange(_State(self._bytes, mine.result() if mine.done() else None))
+            if all(state.done for state in everyone):
+                break
+            now = [(state.moved, state.done is None) for state in everyone]
+            before, still = now, still + 1 if now == before else 0
+            if still == _STILL:
+                late = [rank for rank, state in enumerate(everyone) if not state.done]
+                raise WorkerError(
+                    f"{ranks(late).capitalize()} did not read or write a byte of a checkpoint for "
+                    f"{still * (self.timeout or 0) / _LOOKS:.1f} s: the disk is stuck. "
+                    "If it is just as slow, set run.timeout higher."
+                )
+        ended = [cast(_Done[T], state.done) for state in everyone]
+        if failed := list(dict.fromkeys(done.error for done in ended if done.error)):
+            raise CheckpointError("\n".join(failed))
+        return [cast(T, done.result) for done in ended]
+
+    def _exchange(self, mine: "_State[T]") -> "list[_State[T]]":
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return [mine]
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine, group=self.group)
+        return everyone
+
+
+@dataclass(frozen=True)
+class _Done(Generic[T]):
+    result: T | None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class _State(Generic[T]):
+    moved: int
+    done: _Done[T] | None
+
+
+def _begun(work: Callable[[], T]) -> "Future[_Done[T]]":
+    """What becomes of `work`, which goes on in a thread. One that is stuck keeps no process from ending."""
+    future: Future[_Done[T]] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(_Done(work()))
+        except CheckpointError as error:
+            future.set_result(_Done(None, str(error)))
+        except Exception as error:
+            rank = dist.get_rank() if dist.is_initialized() else 0
+            future.set_result(_Done(None, f"on rank {rank}: {error!r}"))
+
+    Thread(target=run, name="checkpoint files", daemon=True).start()
+    return future
