@@ -117,7 +117,8 @@ def start(
             f"{kept}: holds checkpoints of an earlier run. Go on from there with --resume, name another --folder, "
             "or remove it."
         )
-    with Log(folder, config.train.steps, append=found is not None, notes=notes) as log:
+    silent = _last_written(folder / "metrics.jsonl") if found and attached() else None
+    with Log(folder, config.train.steps, append=found is not None, notes=notes, silent_since=silent) as log:
         options: dict[str, Any] = {"timeout": config.run.timeout, "on_message": log.take}
         if attached():
             return attach(config.mesh.world, train, config, folder, first, device=device, **options)
@@ -127,6 +128,10 @@ def start(
             return launch(config.mesh.world, train, config, folder, where, device=device_of(config), **options)[0]
 
         return supervise(attempt, config, how, log.fault)
+
+
+def _last_written(file: Path) -> float | None:
+    return file.stat().st_mtime if file.exists() else None
 
 
 def device_of(config: Config) -> str:
@@ -144,7 +149,10 @@ def device_of(config: Config) -> str:
 
 
 class Log:
-    """Shows the messages of rank 0, and writes them to `folder`/metrics.jsonl from the first one on, a line each."""
+    """Shows the messages of rank 0, and writes them to `folder`/metrics.jsonl from the first one on, a line each.
+
+    `silent_since`: the last sign of life of a run that is gone on with, by `time.time()`, if its length is to be told.
+    """
 
     def __init__(
         self,
@@ -153,11 +161,13 @@ class Log:
         *,
         append: bool = False,
         notes: Sequence[str] = (),
+        silent_since: float | None = None,
         console: Console | None = None,
     ) -> None:
         self.folder, self.steps, self.append, self.notes = folder, steps, append, notes
         self.console = console or Console(highlight=False)
         self.faults = 0
+        self._silent_since = silent_since  # by the clock, until the next step
         self._fault: WorkerError | None = None  # the last one, until the next step
         self._file: TextIO | None = None
         self._entropy = 0.0
@@ -204,6 +214,8 @@ class Log:
         else:
             if self._fault:
                 self._recovered(self._fault)
+            if self._silent_since is not None:
+                self._heard_again(self._silent_since)
             self._show(message)
 
     def _recovered(self, fault: WorkerError) -> None:
@@ -212,6 +224,12 @@ class Log:
             took = time.monotonic() - fault.moment
             self._write({"restart": self.faults, "seconds": took})
             self.console.print(f"restart {self.faults}: next step {took:.2f} s after the fault")
+
+    def _heard_again(self, since: float) -> None:
+        self._silent_since = None
+        took = time.time() - since
+        self._write({"seconds_of_silence": took})
+        self.console.print(f"next step {took:.2f} s after the last sign of life", soft_wrap=True)
 
     def _write(self, message: dict[str, Any]) -> None:
         if self._file is None:
