@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,9 @@ import world
 from checkpoint_work import moments_dropped
 
 from sandbox import checkpoint, comm, run
-from sandbox.checkpoint import saver, storage
+from sandbox.checkpoint import resume, saver, storage
+from sandbox.checkpoint.together import Together
+from sandbox.checkpoint.watched import Watched
 from sandbox.config import Config
 from sandbox.config import Run as RunConfig
 from sandbox.data import Corpus
@@ -131,6 +135,87 @@ def full_disk(member: Member, config: Config, folder: Path, resume: run.Resume, 
 
     if member.rank == member.world - 1:
         storage._Writer.write_data = full  # type: ignore[method-assign]
+    return run.train(member, config, folder, resume)
+
+
+def flipped(newest: Path) -> Path:
+    """One bit of a parameter: the sign of a number in the middle of the largest box -> the file."""
+    boxes = storage._Reader(newest).read_metadata().storage_data.items()
+    box = max((info for index, info in boxes if index.fqn.startswith("parameters/")), key=lambda info: info.length)
+    file = newest / box.relative_path
+    content, place = bytearray(file.read_bytes()), box.offset + (box.length // 2 | 7)
+    content[place] ^= 0x80
+    file.write_bytes(content)
+    return file
+
+
+def cut_short(newest: Path) -> Path:
+    file = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    os.truncate(file, file.stat().st_size // 2)
+    return file
+
+
+def emptied(newest: Path) -> Path:
+    os.truncate(newest / "run.json", 0)
+    return newest / "run.json"
+
+
+def killed_by_what_also_spoils(spoil: Callable[[Path], Path], member: Member, *args: Any) -> float:
+    """After the third step, the first rank spoils its checkpoint and dies."""
+    (config, folder, where, blow), step = args, Trainer.train_step
+
+    def spoiled(trainer: Trainer) -> Any:
+        if trainer.step == 3:
+            spoil(checkpoint.latest(folder / "checkpoints"))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(trainer)
+
+    if blow and member.rank == 0:
+        Trainer.train_step = spoiled  # type: ignore[method-assign]
+    return run.train(member, config, folder, where)
+
+
+def blind(spoil: Callable[[Path], Path], member: Member, *args: Any) -> float:
+    """The same, but checksums are not looked at."""
+    resume.problems = lambda *_: []
+    return killed_by_what_also_spoils(spoil, member, *args)
+
+
+def slow_disk(member: Member, config: Config, folder: Path, resume: run.Resume, blow: Blow | None) -> float:
+    """For the last rank's first checkpoint, the disk takes a third of `run.timeout` for some KiB."""
+    write, writes = Watched.write, 0
+
+    def slow(file: Watched, data: Any) -> int:
+        nonlocal writes
+        writes += 1
+        if writes <= 6:
+            time.sleep(config.run.timeout / 3)
+        return write(file, data)
+
+    if member.rank == member.world - 1:
+        Watched.write = slow  # type: ignore[method-assign]
+    return run.train(member, config, folder, resume)
+
+
+def slow_disk_that_is_not_heard(member: Member, *args: Any) -> float:
+    """The same, but nobody hears of the bytes that it does take."""
+    Together.moved = lambda together, count: None  # type: ignore[method-assign]
+    return slow_disk(member, *args)
+
+
+def stuck_disk(member: Member, config: Config, folder: Path, resume: run.Resume, blow: Blow | None) -> float:
+    """In its second checkpoint the last rank never comes back from the disk."""
+    store, saves = storage._Writer.write_data, 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal saves
+        saves += 1
+        if saves == 2:
+            Watched.write = lambda file, data: threading.Event().wait()  # type: ignore[method-assign]
+        return store(*args)
+
+    if blow and member.rank == member.world - 1:
+        storage._Writer.write_data = counted  # type: ignore[method-assign]
     return run.train(member, config, folder, resume)
 
 
