@@ -10,21 +10,23 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import checkpoint_work
 import pytest
 import restart_work
+import world
 import yaml
 
 from sandbox.config import Config
 
-__all__ = ["ROOT", "Hosts", "Run", "hosts", "needs_root", "until"]
+__all__ = ["ROOT", "TIMEOUT", "Hosts", "Run", "expected", "hosts", "needs_root", "two", "until"]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "launch/cluster/cluster.sh"
 
 needs_root = [
@@ -126,6 +128,7 @@ def _parent(pid: int) -> int:
 
 @contextmanager
 def hosts(count: int, folder: Path) -> Iterator[Hosts]:
+    """So many hosts, and if the test fails, what was said on them."""
     found = Hosts(folder)
     folder.mkdir()
     holder = [CLUSTER, "-n", str(count), "sh", "-c", "echo; HOLDER=1 exec sleep infinity"]
@@ -137,17 +140,37 @@ def hosts(count: int, folder: Path) -> Iterator[Hosts]:
                 cluster.stdout.readline()
             until(lambda: all(found.processes(node, "\0HOLDER=1\0") for node in range(count)), "hosts", 20)
             yield found
+        except BaseException:
+            print(found.log())
+            raise
         finally:
             cluster.kill()
             for _, command in found.commands:
                 command.wait()
 
 
+TIMEOUT = 15
+"""Of runs over hosts, in s: two processes on a machine under load may come to a collective as far apart."""
+
+
+def two(count: int) -> Config:
+    """Of two ranks, and steps so small that what is measured is the restart."""
+    layout = checkpoint_work.config(train={"steps": count, "optimizer": "adamw"}, model={"dropout": 0.1})
+    dp = {"dp": {"degree": 2, "strategy": "zero1", "bucket_mb": 0.005}}
+    return restart_work.with_run(Config.model_validate({**layout.model_dump(), "mesh": dp}), timeout=TIMEOUT)
+
+
+def expected(config: Config, folder: Path) -> dict[int, tuple[float, float]]:
+    """Step -> (loss, norm) of the run that nothing befalls, on this machine."""
+    restart_work.supervised(config, folder)
+    return dict(restart_work.steps(folder))
+
+
 @dataclass
 class Run:
     """A config that ranks on several hosts train by launch/elastic.sh, no further than the test allows.
 
-    `elsewhere`: the host that keeps the store where nodes meet, if it is none of the nodes.
+    `store`: the host that keeps what nodes say where they meet. If it is none of the nodes, that is `start_store`'s.
     """
 
     hosts: Hosts
@@ -155,7 +178,8 @@ class Run:
     folder: Path
     nodes: str
     store: int = 0
-    restarts: int = 30
+    script: str = "elastic.sh"
+    restarts: int | None = 30
     pace: float = 0.05
 
     def __post_init__(self) -> None:
@@ -170,20 +194,29 @@ class Run:
         )
         torchrun.chmod(0o755)
 
-    def start(self, node: int, script: str = "elastic.sh", **variables: object) -> "subprocess.Popen[bytes]":
+    def start(self, node: int) -> "subprocess.Popen[bytes]":
         settings: dict[str, object] = {
             "HOST": f"node{self.store}",
             "NODES": self.nodes,
             "GPUS": 1,
-            "RESTARTS": self.restarts,
+            "RESTARTS": "" if self.restarts is None else self.restarts,
+            "WAIT": 60,
             "GATE": self.gate,
             "PACE": self.pace,
             "PATH": f"{self.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
             "PYTHONWARNINGS": "ignore",
         }
-        command = [ROOT / "launch" / script, self.path, "--folder", self.results, "--autoresume", "--min-ranks", "1"]
-        return self.hosts.start(node, *command, **settings | variables)
+        command = [
+            ROOT / "launch" / self.script,
+            self.path,
+            "--folder",
+            self.results,
+            "--autoresume",
+            "--min-ranks",
+            "1",
+        ]
+        return self.hosts.start(node, *command, **settings)
 
     def start_store(self, node: int) -> "subprocess.Popen[bytes]":
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -200,6 +233,13 @@ class Run:
     def worlds(self) -> list[int]:
         """The number of ranks of each start."""
         return [line["run"]["world"] for line in self.lines() if "run" in line]
+
+    def ready(self, *nodes: int) -> "dict[int, subprocess.Popen[bytes]]":
+        """Start on the nodes, and train four steps -> their agents."""
+        agents = {node: self.start(node) for node in nodes}
+        self.allow(4)
+        self.reach(4)
+        return agents
 
     def reach(self, step: int, starts: int = 1, seconds: float = 150) -> float:
         """Wait for a step made since the world was started so often -> the seconds that it took."""
@@ -222,3 +262,11 @@ class Run:
         for step, values in restart_work.steps(self.results):
             found.setdefault(step, set()).add(values)
         return found
+
+    def agrees_with(self, undisturbed: Mapping[int, tuple[float, float]]) -> None:
+        """See that every step was made, each time as if nothing had happened."""
+        found = self.steps()
+        assert found.keys() == undisturbed.keys()
+        for step, seen in found.items():
+            for values in seen:
+                assert values == pytest.approx(undisturbed[step], rel=world.EXACT), step
