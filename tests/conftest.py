@@ -15,6 +15,9 @@ TIERS = {"unit", "parity"}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--draws", type=int, default=25, help="how many plans thorough/test_any_plan.py draws")
+    parser.addoption(
+        "--faults", type=int, default=50, help="how many strike in thorough/test_faults_over_nodes_at_length"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

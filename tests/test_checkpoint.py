@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fuzz import seal
 from sandbox import checkpoint
 from sandbox.checkpoint import folder as folders
 from sandbox.checkpoint import resume, saver, state, whole
+from sandbox.checkpoint.watched import Watched
 from sandbox.errors import CheckpointError, WorkerError
 from sandbox.runtime import launch
 from sandbox.trainer import Trainer
@@ -403,6 +405,17 @@ def test_ranks_share_the_reading_of_checksums(saved: Path) -> None:
 @unit
 def test_the_checksums_are_those_of_sha256sum(saved: Path) -> None:
     assert os.system(f"cd '{saved}' && sha256sum --quiet --strict -c SHA256SUMS") == 0
+
+
+@unit
+def test_a_file_is_counted_as_it_is_written_and_read(tmp_path: Path) -> None:
+    content, written, read = os.urandom(2**23 + 5), list[int](), list[int]()
+    with BufferedWriter(Watched(tmp_path / "file", "wb", written.append)) as file:
+        file.write(content)
+    with BufferedReader(Watched(tmp_path / "file", "rb", read.append)) as file:
+        assert file.read(len(content)) == content
+    assert sum(written) == sum(read) == len(content)
+    assert max(*written, *read) <= 2**22
 
 
 class Hostile:

@@ -264,8 +264,10 @@ def test_torchrun_starts_again_and_the_run_goes_on_from_its_last_checkpoint(
         until(lambda: saved(folder))
         (worker,) = until(lambda: traced.processes("\0RANK=1\0"))
         os.kill(worker, signal.SIGKILL)
-        _, errors = program.communicate()
+        output, errors = program.communicate()
     assert program.returncode == 0, errors
+    (silence,) = [line["seconds_of_silence"] for line in metrics(folder) if "seconds_of_silence" in line]
+    assert f"next step {silence:.2f} s after the last sign of life" in output
     starts = [line["run"]["from_step"] for line in metrics(folder) if "run" in line]
     assert len(starts) == 2
     assert starts[1] > 0

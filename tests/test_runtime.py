@@ -38,6 +38,10 @@ def test_a_board_tells_where_a_rank_is() -> None:
     board.leave()
     assert not board.read().waiting
     assert str(board.read()).startswith("finished #7 all_gather over dp_shard")
+    left = board.read().moved
+    board.alive()
+    assert board.read().moved >= left == board.read().left
+    assert str(board.read()).endswith("; moved a checkpoint's bytes 0.0 s ago")
 
 
 def at(number: int, *, waiting: bool = True) -> Entry:

@@ -12,8 +12,6 @@ from hosts import TIMEOUT, Run, expected, hosts, needs_root, two, until
 
 pytestmark = [pytest.mark.parity, pytest.mark.timeout(3600), *needs_root]
 
-FAULTS = 50
-
 
 def test_a_stopped_rank_costs_the_timeout_and_the_half_minute_that_torchrun_asks_it_to_end(tmp_path: Path) -> None:
     config = two(12)
@@ -65,14 +63,17 @@ def test_a_link_that_is_cut_for_good_leaves_one_side_at_work_and_the_other_waits
     run.agrees_with(expected(config, tmp_path / "whole"))
 
 
-def test_after_random_faults_on_either_host_the_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_after_random_faults_on_either_host_the_run_ends_as_if_nothing_had_happened(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
     """Ranks killed one by one and all at once, and links that are cut for a second, all at any moment."""
-    config, draw, seconds = two(2 * FAULTS + 2), random.Random(0), []
+    count, draw, seconds = pytestconfig.getoption("faults"), random.Random(0), []
+    config = two(2 * count + 2)
     undisturbed = expected(config, tmp_path / "whole")
     with hosts(2, tmp_path / "hosts") as cluster:
-        run = Run(cluster, config, tmp_path / "struck", "2", restarts=4 * FAULTS)
+        run = Run(cluster, config, tmp_path / "struck", "2", restarts=4 * count)
         agents = [run.start(node) for node in (0, 1)]
-        for fault in range(FAULTS):
+        for fault in range(count):
             run.allow(2 * fault + 2)
             run.reach(2 * fault + 1)
             time.sleep(draw.uniform(0, 0.3))
@@ -88,7 +89,7 @@ def test_after_random_faults_on_either_host_the_run_ends_as_if_nothing_had_happe
                 os.kill(rank, signal.SIGKILL)
             run.allow(2 * fault + 3)
             seconds.append(run.reach(0, started + 1))
-        run.allow(2 * FAULTS + 2)
+        run.allow(2 * count + 2)
         assert [agent.wait(120) for agent in agents] == [0, 0]
     seconds.sort()
     print(f"{len(seconds)} restarts; next step after {seconds[len(seconds) // 2]:.1f} s, at most {seconds[-1]:.1f} s")
