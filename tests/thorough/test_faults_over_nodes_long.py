@@ -72,6 +72,7 @@ def test_after_random_faults_on_either_host_the_run_ends_as_if_nothing_had_happe
     undisturbed = expected(config, tmp_path / "whole")
     with hosts(2, tmp_path / "hosts") as cluster:
         run = Run(cluster, config, tmp_path / "struck", "2", restarts=4 * count)
+        run.start_store(0)  # beside an agent, which is to find the port taken and connect there
         agents = [run.start(node) for node in (0, 1)]
         for fault in range(count):
             run.allow(2 * fault + 2)
