@@ -15,6 +15,7 @@ from typing import Any, Generic, Self, TypeVar, cast
 import torch.distributed as dist
 
 from sandbox.errors import CheckpointError, WorkerError
+from sandbox.runtime import attached
 from sandbox.runtime.board import ranks
 from sandbox.trainer import Trainer
 
@@ -48,9 +49,11 @@ class Together:
     def of(cls, trainer: Trainer, *, own: bool = False) -> Self:
         """For the ranks of a trainer. `own`: in a group of their own, for a thread beside the training."""
         timeout, board, group = trainer.config.run.timeout, trainer.mesh.recorder.board, None
-        if own and dist.is_initialized():
-            limit = timedelta(seconds=2 * timeout)
-            group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=limit))
+        if (
+            own and dist.is_initialized()
+        ):  # twice the time if a launcher looks on: it shall see a hang first, and explain
+            limit = timeout if attached() else 2 * timeout
+            group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(seconds=limit)))
         return cls(group, timeout, board.alive if board else lambda: None)
 
     def moved(self, count: int) -> None:
