@@ -49,9 +49,7 @@ class Together:
     def of(cls, trainer: Trainer, *, own: bool = False) -> Self:
         """For the ranks of a trainer. `own`: in a group of their own, for a thread beside the training."""
         timeout, board, group = trainer.config.run.timeout, trainer.mesh.recorder.board, None
-        if (
-            own and dist.is_initialized()
-        ):  # twice the time if a launcher looks on: it shall see a hang first, and explain
+        if own and dist.is_initialized():  # twice that if a launcher looks on, which explains a hang
             limit = timeout if attached() else 2 * timeout
             group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(seconds=limit)))
         return cls(group, timeout, board.alive if board else lambda: None)
