@@ -218,9 +218,12 @@ class Run:
         ]
         return self.hosts.start(node, *command, **settings)
 
-    def start_store(self, node: int) -> "subprocess.Popen[bytes]":
+    def start_store(self, node: int) -> None:
+        """Keep the store there, in a process of its own."""
+        said = self.hosts.folder / f"{node}-{len(self.hosts.commands)}.log"
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        return self.hosts.start(node, ROOT / "launch/store.sh", PATH=path)
+        self.hosts.start(node, ROOT / "launch/store.sh", PATH=path)
+        until(lambda: "nodes can meet at port 29500" in said.read_text(), "the store")
 
     def allow(self, step: int) -> None:
         new = self.gate.with_suffix(".new")
