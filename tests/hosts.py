@@ -240,6 +240,7 @@ class Run:
     def ready(self, *nodes: int) -> "dict[int, subprocess.Popen[bytes]]":
         """Start on the nodes, and train four steps -> their agents."""
         agents = {node: self.start(node) for node in nodes}
+        until(lambda: self.worlds()[-1:] == [len(nodes)], "all nodes")  # the first to come may have begun without them
         self.allow(4)
         self.reach(4)
         return agents
