@@ -35,6 +35,7 @@ __all__ = [
     "replace_parameters",
     "shard_rows",
     "training_loss",
+    "unless_stepped",
     "unsharded",
 ]
 
@@ -114,6 +115,27 @@ def replace_parameters(model: nn.Module, new: Mapping[str, nn.Parameter]) -> Non
         for key, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if old in swap:
                 setattr(module, key, swap[old])
+
+
+def unless_stepped(optimizer: torch.optim.Optimizer, bring_up_to_date: Callable[[], None]) -> Callable[[], None]:
+    """A `refresh` for an optimizer whose step brings the model up to date itself: for parameters that others changed.
+
+    Others: a checkpoint that is put in.
+    """
+    stepped = False
+
+    def after(*_: object) -> None:
+        nonlocal stepped
+        stepped = True
+
+    def refresh() -> None:
+        nonlocal stepped
+        if not stepped:
+            bring_up_to_date()
+        stepped = False
+
+    optimizer.register_step_post_hook(after)
+    return refresh
 
 
 def shard_rows(program: Program, mesh: Mesh) -> Callable[[Batch], Batch]:

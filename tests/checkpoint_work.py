@@ -42,10 +42,22 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp 2 in fsdp x 2 in pp 2": {"pp": {"degree": 2}, "dp": {"degree": 2, "strategy": "fsdp"}, "tp": {"degree": 2}},
 }
 
+# Those of libraries: flat tensors of a whole group, of a bucket, of a parameter; rows; whole parameters at their owners.
+LIBRARIES: dict[str, dict[str, Any]] = {
+    "deepspeed zero2 x 2": {"engine": "deepspeed", "dp": {"degree": 2, "strategy": "zero2"}},
+    "zero2 x 3": {"dp": {"degree": 3, "strategy": "zero2", "bucket_mb": 0.005}},
+    "accelerate zero3 x 2": {"engine": "accelerate", "dp": {"degree": 2, "strategy": "zero3"}},
+    "tp 2": LAYOUTS["tp 2"],
+    "deepspeed zero1 x 3, offloaded": {"engine": "deepspeed", "dp": {"degree": 3, "strategy": "zero1", "offload": True}},
+    "fairscale fsdp x 2": {"engine": "fairscale", "dp": {"degree": 2, "strategy": "fsdp"}},
+    "deepspeed zero3 x 3": {"engine": "deepspeed", "dp": {"degree": 3, "strategy": "zero3"}},
+    "fairscale zero2 x 3": {"engine": "fairscale", "dp": {"degree": 3, "strategy": "zero2"}},
+}
+
 
 def config(layout: str = "unsharded", **sections: dict[str, Any]) -> Config:
-    """The training of `world.config`, with grouped heads and a tied head, in one of LAYOUTS."""
-    mesh = dict(LAYOUTS[layout])
+    """The training of `world.config`, with grouped heads and a tied head, in one of LAYOUTS or LIBRARIES."""
+    mesh = dict((LAYOUTS | LIBRARIES)[layout])
     engine = mesh.pop("engine", "native")
     model = {"heads": 4, "kv_heads": 2, "tied": True, **sections.pop("model", {})}
     base = world.config(world=1, engine=engine, model=model, **sections)
@@ -78,9 +90,9 @@ def resume(member: Member, config: Config, folder: Path) -> list[Any]:
 def resume_unsettled(member: Member, config: Config, folder: Path) -> list[Any]:
     """As `resume`, but a library's first backward pass is the first after the checkpoint."""
     trainer = world.trainer_of(member, config)
-    trainer.config = config.model_copy(update={"engine": "native"})
+    trainer.compute_gradients = lambda batch: torch.zeros(())  # type: ignore[method-assign]
     checkpoint.restore(trainer, checkpoint.latest(folder))
-    trainer.config = config
+    del trainer.compute_gradients
     return rest(trainer)
 
 
@@ -124,12 +136,12 @@ def pieces(trainer: Trainer, *, gradients: bool = False) -> Pieces:
     return {n: Piece(layout[n], local(t.detach()).clone()) for n, t in tensors.items() if t is not None}
 
 
-def relay(layouts: list[str], folder: Path, tamper: Prepare | None = None) -> list[float]:
+def relay(layouts: list[str], folder: Path, tamper: Prepare | None = None, **train: Any) -> list[float]:
     """Train one step in each of `layouts`, each going on from the last one's checkpoint -> each step's largest error.
 
     The error is that of loss, norm, gradients and parameters against the same training in one process.
     """
-    sections: dict[str, Any] = {"train": {"steps": len(layouts)}, "model": {"dropout": 0.2}}
+    sections: dict[str, Any] = {"train": {"steps": len(layouts), **train}, "model": {"dropout": 0.2}}
     reference = world.alone(config(**sections))
     errors, start = [], folder / "none"
     for step, layout in enumerate(layouts):

@@ -83,13 +83,13 @@ def test_accelerate_launch_starts_the_ranks(file: Path, tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = ["-m", "accelerate.commands.launch", "--config_file", file, "--main_process_port", port, "-m", "sandbox"]
-    command += ["run", ROOT / "configs" / "engines" / "accelerate_ddp.yaml", "--folder", tmp_path]
+    command += ["run", ROOT / "configs" / "engines" / f"accelerate_{file.stem}.yaml", "--folder", tmp_path]
     command += ["--set", "train.steps=2", "--set", "train.eval_batches=1"]
     done = subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=110, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "ddp on 2 ranks" in done.stdout
+    assert f"{file.stem} on 2 ranks" in done.stdout
     assert "step 2  validation loss" in done.stdout
 
 

@@ -91,6 +91,12 @@ def test_every_config_goes_to_torchrun_and_the_rest_says_why_not() -> None:
                 assert notes
 
 
+@pytest.mark.parametrize("file", sorted(CONFIGS.parent.glob("launch/accelerate/*.yaml")), ids=lambda file: file.stem)
+def test_a_file_for_accelerate_launch_is_what_is_written_for_its_config(file: Path) -> None:
+    ours = CONFIGS / "engines" / f"accelerate_{file.stem}.yaml"
+    assert file.read_text().endswith(export(load(ours, ["run.device=cpu"]), "accelerate-yaml", ours).text)
+
+
 # As in the libraries' own examples and documentation
 
 TRAINER = """{

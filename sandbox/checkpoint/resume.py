@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.nn.parallel import DistributedDataParallel
+
 from sandbox.checkpoint.folder import ADVICE, complete, facts, problems, set_aside
 from sandbox.checkpoint.state import put, wanted
 from sandbox.checkpoint.storage import Piece, index, read
@@ -66,7 +68,7 @@ def _problems(trainer: Trainer, checkpoint: Path, together: Together) -> list[st
 
 def _load(trainer: Trainer, checkpoint: Path, together: Together) -> None:
     check(checkpoint, trainer.config, trainer.corpus)
-    if trainer.config.engine != "native":  # torch's DDP cuts its buckets anew after its first backward, and rounds so
+    if isinstance(trainer.program.model, DistributedDataParallel):  # its buckets are cut anew after its first backward
         trainer.compute_gradients(trainer.batch())
         trainer.zero_grad()
     pieces: dict[str, Piece] = {}

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from sandbox.batch import Batch
 from sandbox.config import Config
+from sandbox.engines.deepspeed._pieces import ByPiece, bring_up_to_date, flat_tensors
 from sandbox.mesh import Mesh
-from sandbox.program import Program, shard_rows
+from sandbox.program import Program, shard_rows, unless_stepped
 
 __all__ = ["REFUSES", "EngineOptimizer", "drive", "initialize", "prepare", "settings"]
 
@@ -96,7 +97,7 @@ def drive(
 
     backward = backward or own_backward
     ranks = mesh.axis("dp_replicate", "dp_shard", "cp").size
-    optimizer = EngineOptimizer(engine, inner)
+    optimizer = EngineOptimizer(engine, inner, program.parameters)
 
     def forward_backward(finished: Program, microbatches: list[Batch], valid: float) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=microbatches[0].tokens.device)
@@ -109,8 +110,11 @@ def drive(
         collect()
         return total
 
+    restored = unless_stepped(inner, lambda: bring_up_to_date(engine))
+
     def refresh() -> None:
         program.refresh()
+        restored()
         for piece in program.parameters.values():
             piece.grad = None  # the engine has let go of it too
 
@@ -126,13 +130,17 @@ def drive(
 
 
 class EngineOptimizer:
-    """The engine's step as an optimizer's: rates and state are those of the torch optimizer inside it."""
+    """The engine's step as an optimizer's: rates and state are those of the torch optimizer inside it.
 
-    def __init__(self, engine: Any, inner: torch.optim.Optimizer) -> None:
+    `parameters`: those of the program.
+    """
+
+    def __init__(self, engine: Any, inner: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> None:
         self.engine, self.optim, self._step = engine, inner, engine.step
         self.register_step_pre_hook = inner.register_step_pre_hook
         self.register_step_post_hook = inner.register_step_post_hook
         self.norm = torch.zeros((), dtype=torch.float64)
+        self._parameters = parameters
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -143,6 +151,12 @@ class EngineOptimizer:
     def state(self) -> Mapping[Tensor, Any]:
         """What is kept for each partition."""
         return self.optim.state
+
+    @property
+    def by_parameter(self) -> torch.optim.Optimizer | ByPiece:
+        """Groups and state by the program's parameters, which with ZeRO are pieces of the partitions."""
+        flats = flat_tensors(self.engine)
+        return ByPiece(self.optim, flats, self._parameters.values()) if flats else self.optim
 
     def clip(self, program: Program, most: float | None) -> Tensor:
         """The slot `clip`: the norm, once the step has been taken."""

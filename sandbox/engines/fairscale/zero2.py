@@ -31,7 +31,7 @@ from sandbox.engines.fairscale.zero1 import clip_with, make_oss, owned_bytes, ow
 from sandbox.errors import UnsupportedError
 from sandbox.mesh import Mesh
 from sandbox.predict import Prediction, bytes_of, state_copies
-from sandbox.program import Program, materialise, shard_rows
+from sandbox.program import Program, materialise, shard_rows, unless_stepped
 
 AXIS = "dp"
 
@@ -76,6 +76,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
         forward_backward=forward_backward,
         begin=begin,
         make_optimizer=lambda finished: oss,
+        refresh=unless_stepped(oss, oss._broadcast_params),
         clip=clip_with(oss, program),
     )
 
