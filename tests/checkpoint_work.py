@@ -42,15 +42,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp 2 in fsdp x 2 in pp 2": {"pp": {"degree": 2}, "dp": {"degree": 2, "strategy": "fsdp"}, "tp": {"degree": 2}},
 }
 
-# Those of libraries: flat tensors of a whole group, of a bucket, of a parameter; rows; whole parameters at their owners.
+# Those of libraries: ranges of a whole group, of a bucket, of a parameter; boxes; whole parameters at their owners.
 LIBRARIES: dict[str, dict[str, Any]] = {
     "deepspeed zero2 x 2": {"engine": "deepspeed", "dp": {"degree": 2, "strategy": "zero2"}},
     "zero2 x 3": {"dp": {"degree": 3, "strategy": "zero2", "bucket_mb": 0.005}},
     "accelerate zero3 x 2": {"engine": "accelerate", "dp": {"degree": 2, "strategy": "zero3"}},
     "tp 2": LAYOUTS["tp 2"],
-    "deepspeed zero1 x 3, offloaded": {"engine": "deepspeed", "dp": {"degree": 3, "strategy": "zero1", "offload": True}},
+    "deepspeed zero1 x 3": {"engine": "deepspeed", "dp": {"degree": 3, "strategy": "zero1"}},
     "fairscale fsdp x 2": {"engine": "fairscale", "dp": {"degree": 2, "strategy": "fsdp"}},
-    "deepspeed zero3 x 3": {"engine": "deepspeed", "dp": {"degree": 3, "strategy": "zero3"}},
+    "deepspeed zero3 x 3": {"engine": "deepspeed", "dp": {"degree": 3, "strategy": "zero3", "offload": True}},
     "fairscale zero2 x 3": {"engine": "fairscale", "dp": {"degree": 3, "strategy": "zero2"}},
 }
 
