@@ -5,9 +5,12 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from checkpoint_work import one
 
 from sandbox import checkpoint
@@ -16,6 +19,7 @@ from sandbox.checkpoint import state, whole
 from sandbox.config import Config, Data, load
 from sandbox.data import Corpus
 from sandbox.errors import ConfigError
+from sandbox.interchange import export, read
 from sandbox.plan import plan
 from sandbox.report.record import RunRecord
 
@@ -30,6 +34,27 @@ KEYS = [
     b"width", b"heads", b"kv_heads", b"train", b"steps", b"batch", b"schedule", b"order", b"sequence", b"stages",
     b"microbatches", b"run", b"folder", b"data", b"files",
 ]  # fmt: skip
+VALUES: list[Any] = [
+    0,
+    1,
+    2,
+    3,
+    4,
+    -1,
+    1.5,
+    1e400,
+    float("nan"),
+    9**99,
+    True,
+    None,
+    "auto",
+    "",
+    "2",
+    [],
+    [1],
+    {},
+    {"": 1},
+]
 SLOW = 5.0
 """Seconds of the processor that no case may take: they take milliseconds."""
 
@@ -84,6 +109,36 @@ def configs(folder: Path, seeds: Sequence[int]) -> int:
     refused = attempts(seeds, case)
     assert sorted(file.name for file in folder.iterdir()) == ["c.yaml"]
     return refused
+
+
+def library_configs(folder: Path, seeds: Sequence[int]) -> int:
+    """DeepSpeed's and Accelerate's configs are refused, or say the same of the batch as what is made of them."""
+    good = []
+    for path in CONFIGS:
+        for target in ("deepspeed-json", "accelerate-yaml"):
+            with suppress(ConfigError):
+                good.append((target, export(load(path), target, path).text))
+
+    def case(rng: random.Random) -> None:
+        target, text = rng.choice(good)
+        path = folder / ("c.json" if target == "deepspeed-json" else "c.yaml")
+        if rng.random() < 0.5:
+            path.write_bytes(mutated(text.encode(), rng, PIECES))
+        else:  # still JSON or YAML, but with another value
+            tree = yaml.safe_load(text)
+            owner = rng.choice([tree, *(part for part in tree.values() if isinstance(part, dict))])
+            owner[rng.choice(list(owner))] = rng.choice(VALUES)
+            path.write_text(json.dumps(tree) if target == "deepspeed-json" else yaml.safe_dump(tree))
+        config, _ = read(path)
+        plan(config)
+        assert Config.model_validate(config.model_dump(mode="json")) == config
+        if target == "deepspeed-json":
+            said, train = json.loads(path.read_text()), config.train
+            assert said.get("train_batch_size", train.batch) in (train.batch, "auto", None)
+            if isinstance(micro := said.get("train_micro_batch_size_per_gpu"), int) and micro:
+                assert train.batch == micro * train.microbatches * config.mesh.dp.degree
+
+    return attempts(seeds, case)
 
 
 def texts(folder: Path, seeds: Sequence[int]) -> int:

@@ -12,6 +12,10 @@ def test_mutated_configs(tmp_path: Path) -> None:
     assert 100 < fuzz.configs(tmp_path, range(200)) < 200
 
 
+def test_mutated_configs_of_libraries(tmp_path: Path) -> None:
+    assert 100 < fuzz.library_configs(tmp_path, range(200)) < 200
+
+
 def test_mutated_texts(tmp_path: Path) -> None:
     assert 10 < fuzz.texts(tmp_path, range(100)) < 100
 

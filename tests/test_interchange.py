@@ -199,9 +199,16 @@ def test_an_fsdp_yaml_is_read(text: str, strategy: str, options: dict[str, Any],
     [
         ("{", "is not JSON"),
         ("[1]", "holds a list"),
+        ('{"train_batch_size": ' + "9" * 5000 + "}", "is not JSON: Exceeds the limit"),
+        ('{"train_batch_size": Infinity}', "train_batch_size inf: it has to be a whole number"),
+        ('{"train_batch_size": true}', "train_batch_size True: it has to be a whole number"),
         ('{"train_batch_size": 8}', "how many data ranks there are. Say --ranks N"),
         ('{"train_batch_size": "many"}', "train_batch_size 'many': it has to be a whole number"),
         ('{"train_batch_size": 8, "train_micro_batch_size_per_gpu": 3}', "train_batch_size 8: is not"),
+        (
+            '{"train_batch_size": 2, "train_micro_batch_size_per_gpu": 4}',
+            "train_batch_size 2: is not train_micro_batch_size_per_gpu 4 x gradient_accumulation_steps 1 x 1 ranks",
+        ),
         ('{"train_batch_size": 8, "hybrid_engine": {"enabled": true}}', "hybrid_engine.enabled True: it has no"),
         ('{"train_batch_size": 8, "zero_optimization": {"stage": 4}}', "zero_optimization.stage 4: there are 0 to 3"),
         ('{"train_batch_size": 8, "optimizer": {"type": "Lamb"}}', "optimizer.type Lamb"),
@@ -246,4 +253,29 @@ def test_what_is_written_is_what_the_libraries_read() -> None:
         del tree["compute_environment"], tree["mixed_precision"], tree["distributed_type"], tree["use_cpu"]
         accelerate.ClusterConfig(compute_environment="LOCAL_MACHINE", distributed_type="NO", mixed_precision="no",
                                  use_cpu=True, debug=False, **tree)  # fmt: skip
-    assert json.loads(export(config(), "deepspeed-json", Path("c.yaml")).text)["train_micro_batch_size_per_gpu"] == 4
+
+
+@pytest.mark.parametrize(
+    ("strategy", "train"),
+    [
+        ("ddp", {"batch": 8}),
+        ("zero2", {"batch": 24, "microbatches": 3, "dtype": "bfloat16"}),
+        ("zero3", {"clip": None}),
+    ],
+)
+def test_deepspeed_understands_what_is_written_for_it(
+    strategy: str, train: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    deepspeed = pytest.importorskip("deepspeed.runtime.config", reason="deepspeed is not installed")
+    monkeypatch.setattr(deepspeed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(deepspeed.dist, "get_world_size", lambda: 4)
+    ours = config(strategy, train=train)
+    found = deepspeed.DeepSpeedConfig(json.loads(export(ours, "deepspeed-json", Path("c.yaml")).text))  # checks sizes
+    assert found.train_batch_size == ours.train.batch
+    assert found.gradient_accumulation_steps == ours.train.microbatches
+    assert found.train_micro_batch_size_per_gpu == ours.train.batch // (4 * ours.train.microbatches)
+    assert found.zero_config.stage == ("ddp", "zero1", "zero2", "zero3").index(strategy)
+    assert found.bfloat16_config.enabled == (ours.train.dtype == "bfloat16")
+    assert found.gradient_clipping == (ours.train.clip or 0.0)
+    assert (found.optimizer_name, found.optimizer_params["lr"]) == ("adamw", ours.train.lr)

@@ -13,6 +13,7 @@ told as a note too; what would become another training is refused.
 import json
 import shlex
 from pathlib import Path
+from textwrap import shorten
 
 import yaml
 
@@ -58,9 +59,9 @@ def read(path: Path, *, engine: str = "native", ranks: int | None = None) -> tup
         tree = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         kind = "JSON" if path.suffix == ".json" else "YAML"
-        raise ConfigError(f"{path}: is not {kind}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: is not {kind}: {shorten(str(error), 300)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds a {type(tree).__name__}, not the settings of a library.")
     keys = Keys(str(path), dict(leaves(tree)))

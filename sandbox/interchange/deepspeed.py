@@ -65,7 +65,7 @@ def read(keys: Keys, ranks: int | None) -> dict[str, Any]:
     whole, micro = keys.count("train_batch_size"), keys.count("train_micro_batch_size_per_gpu")
     passes = keys.count("gradient_accumulation_steps") or 1
     if ranks is None and whole and micro:
-        ranks = whole // (micro * passes)
+        ranks = max(1, whole // (micro * passes))
     if ranks is None:
         keys.lack("how many data ranks there are. Say --ranks N, or give all three sizes of a batch")
     batch = whole or (micro or 1) * passes * (ranks or 1)

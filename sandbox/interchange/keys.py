@@ -73,8 +73,11 @@ class Keys:
     def count(self, key: str) -> int | None:
         """A value that has to be a whole number, and is positive or zero."""
         value = self.take(key)
-        if value is None or (isinstance(value, int | float) and value == int(value) >= 0):
-            return None if value is None else int(value)
+        if value is None:
+            return None
+        whole = value.is_integer() if isinstance(value, float) else type(value) is int
+        if whole and value >= 0:
+            return int(value)
         self.refuse(key, repr(value), "it has to be a whole number")
         return None
 
