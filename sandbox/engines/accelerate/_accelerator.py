@@ -12,9 +12,14 @@ from torch import Tensor, nn
 from sandbox.batch import Batch
 from sandbox.program import ForwardBackward, Program
 
-__all__ = ["accumulate", "clip_with", "make_accelerator", "with_hooks"]
+__all__ = ["accumulate", "clip_with", "forget_launcher", "make_accelerator", "with_hooks"]
 
-SAID_BY_THE_LAUNCHER = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
+
+def forget_launcher() -> None:
+    """Forget what `accelerate launch` has read in its file, before any plugin heeds it: the sandbox's says it all."""
+    for name in list(os.environ):
+        if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")):
+            del os.environ[name]
 
 
 def make_accelerator(*, multi_device: bool = False, **settings: Any) -> Any:
@@ -26,9 +31,6 @@ def make_accelerator(*, multi_device: bool = False, **settings: Any) -> Any:
     from accelerate import Accelerator, PartialState
     from accelerate.utils import DistributedType
 
-    # `accelerate launch` passes its config file on to all that is made here, where the sandbox's says it all
-    for name in [name for name in os.environ if name.startswith(SAID_BY_THE_LAUNCHER)]:
-        del os.environ[name]
     # It takes ranks from the environment alone, though the process group is there
     os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sandbox.comm import Axis
-from sandbox.engines.accelerate._accelerator import make_accelerator
+from sandbox.engines.accelerate._accelerator import forget_launcher, make_accelerator
 from sandbox.engines.deepspeed import _engine
 from sandbox.mesh import Mesh
 from sandbox.program import Program, materialise
@@ -27,6 +27,7 @@ def apply_plugin(program: Program, mesh: Mesh, zero: Mapping[str, Any], place: P
     """
     from accelerate import DeepSpeedPlugin
 
+    forget_launcher()
     _engine.prepare()
     settings = _engine.settings(program.config, zero)
     accelerator = make_accelerator(

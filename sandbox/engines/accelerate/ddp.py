@@ -25,7 +25,13 @@ from torch import nn
 
 from sandbox.config import Config
 from sandbox.config import Options as Base
-from sandbox.engines.accelerate._accelerator import accumulate, clip_with, make_accelerator, with_hooks
+from sandbox.engines.accelerate._accelerator import (
+    accumulate,
+    clip_with,
+    forget_launcher,
+    make_accelerator,
+    with_hooks,
+)
 from sandbox.engines.torch import ddp
 from sandbox.mesh import Mesh
 from sandbox.predict import Prediction
@@ -45,6 +51,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` with model and optimizer prepared by Accelerate."""
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
+    forget_launcher()
     ranks = mesh.axis("dp_replicate", "dp_shard").size
     microbatches = program.config.train.microbatches
     accelerator = make_accelerator(

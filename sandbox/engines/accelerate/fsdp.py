@@ -30,7 +30,13 @@ from torch import nn
 from sandbox.comm import ring_bytes
 from sandbox.config import Config
 from sandbox.config import Options as Base
-from sandbox.engines.accelerate._accelerator import accumulate, clip_with, make_accelerator, with_hooks
+from sandbox.engines.accelerate._accelerator import (
+    accumulate,
+    clip_with,
+    forget_launcher,
+    make_accelerator,
+    with_hooks,
+)
 from sandbox.engines.torch import _dtensors, fsdp
 from sandbox.layout import Layout
 from sandbox.mesh import Mesh
@@ -51,6 +57,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+    forget_launcher()
     axis, replicas = fsdp.shard_axis(mesh), mesh.axis("dp_replicate").size
     blocks = {type(block).__name__ for block in program.model.get_submodule("blocks").children()}
     accelerator = make_accelerator(
