@@ -10,6 +10,7 @@ from traced import Traced
 
 from sandbox.runtime import warm
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns, when tests of it are collected, that it is so
 TIERS = {"unit", "parity"}
 
 

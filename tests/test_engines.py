@@ -1,6 +1,9 @@
 """All engines that are libraries: what the matrix does not run."""
 
 import functools
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -40,6 +43,22 @@ def test_a_module_says_what_it_cuts_what_it_sends_and_where_it_comes_from(engine
     text = find(engine, name).__doc__ or ""
     assert "Source: " in text
     assert "sent" in text or "Bytes sent" in text
+
+
+@pytest.mark.parity
+@pytest.mark.engines
+@pytest.mark.parametrize("engine", [engine for engine in engines() if required(engine)])
+def test_what_is_imported_for_all_ranks_says_nothing(engine: str) -> None:
+    """As `sandbox verify` and `doctor` do it; DeepSpeed by itself warns that it found no GPU."""
+    code = (
+        "import importlib, warnings; warnings.simplefilter('ignore')\nfor name in {!r}: importlib.import_module(name)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(preload(engine))],
+        env=environment, capture_output=True, text=True, timeout=110, check=True,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def slightly_off(trainer: Trainer) -> None:

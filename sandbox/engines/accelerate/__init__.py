@@ -5,7 +5,7 @@ REQUIRES = ("accelerate", "deepspeed", "transformers")
 
 PRELOAD = (
     "accelerate",
-    "deepspeed",  # which Accelerate imports wherever it is installed
+    "sandbox.engines.deepspeed._quiet",  # which Accelerate imports wherever it is installed
     "deepspeed.runtime.bf16_optimizer",
     "deepspeed.runtime.zero.muon.original_muon",
     "deepspeed.runtime.zero.stage3",

@@ -31,6 +31,8 @@ def make_accelerator(*, multi_device: bool = False, **settings: Any) -> Any:
     from accelerate import Accelerator, PartialState
     from accelerate.utils import DistributedType
 
+    from sandbox.engines.deepspeed import _quiet  # noqa: F401 - Accelerate imports it wherever it is installed
+
     # It takes ranks from the environment alone, though the process group is there
     os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))

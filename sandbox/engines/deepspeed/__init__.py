@@ -4,7 +4,7 @@ REQUIRES = ("deepspeed",)
 """Packages that have to be installed, of the extra `engines`."""
 
 PRELOAD = (
-    "deepspeed",
+    "sandbox.engines.deepspeed._quiet",
     "deepspeed.runtime.bf16_optimizer",
     "deepspeed.runtime.zero.muon.original_muon",  # which compiles, and so imports torch._inductor
     "deepspeed.runtime.zero.stage3",

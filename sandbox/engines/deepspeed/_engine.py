@@ -51,14 +51,11 @@ def prepare() -> None:
     """Import DeepSpeed in this rank, quiet, and without its compiled operators."""
     os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}  # read by DeepSpeed
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    from sandbox.engines.deepspeed._quiet import deepspeed
 
     # Of its compiled operators none is used: to ask which are possible runs compilers on every rank, and the one for
     # all-reduces over shared memory would be built on first use, for a minute, within the step
     deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.utils.logger.setLevel("ERROR")
     warnings.filterwarnings("ignore", "`torch.distributed.", FutureWarning)  # deprecated, and used by DeepSpeed
 
 
