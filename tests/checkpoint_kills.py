@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -118,6 +119,38 @@ def killed_saves(
             wrong += [f"{kind} {moment}: left {path.name}" for path in place.iterdir() if path.name != "step-000002"]
         shutil.rmtree(place)
     return kills, wrong
+
+
+def dcp_killed_in_an_overwrite(member: Member, folder: Path) -> list[set[float]]:
+    """Torch's DCP by itself: ones over zeros in one folder, killed at each file -> what each of the loads has found.
+
+    A load that fails has found nothing.
+    """
+    from torch.distributed import checkpoint as dcp
+
+    def save(value: float) -> None:
+        tensors = {f"w{number}": torch.full((3,), value) for number in range(4)}
+        writer = dcp.FileSystemWriter(folder, single_file_per_rank=False, thread_count=1)
+        dcp.save(tensors, storage_writer=writer, no_dist=True)
+
+    warnings.simplefilter("ignore")
+    found, killed, moment = [], True, 0
+    while killed:
+        shutil.rmtree(folder, ignore_errors=True)
+        save(0.0)
+        child = os.fork()
+        if child == 0:
+            die_at(moment, folder)
+            save(1.0)
+            os._exit(0)
+        killed, moment = os.WIFSIGNALED(os.waitpid(child, 0)[1]), moment + 1
+        loaded = {f"w{number}": torch.full((3,), -1.0) for number in range(4)}
+        try:
+            dcp.load(loaded, checkpoint_id=folder, no_dist=True)
+            found.append({value for tensor in loaded.values() for value in tensor.tolist()})
+        except dcp.api.CheckpointException:  # no Exception
+            found.append(set())
+    return found
 
 
 def prune_first() -> None:

@@ -15,7 +15,7 @@ import checkpoint_work as work
 import pytest
 import torch
 import world
-from checkpoint_kills import killed_saves, prune_first
+from checkpoint_kills import dcp_killed_in_an_overwrite, killed_saves, prune_first
 from checkpoint_work import LAYOUTS, one, relay, same
 from fuzz import seal
 
@@ -162,7 +162,7 @@ def test_ranks_with_nothing_to_write_are_no_trouble(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_a_save_killed_at_any_moment_leaves_a_good_one(tmp_path: Path) -> None:
     config = world.config(world=1, model={"layers": 1, "width": 8}, train={"optimizer": "adamw"})
-    sizes = [0, 1, 500, 3000, 9000]
+    sizes = [0, 1, 63, *range(500, 12_000, 700)]
     ((kills, wrong),) = launch(1, killed_saves, config, tmp_path, sizes, timeout=world.TIMEOUT)
     assert wrong == []
     assert kills >= 25
@@ -173,6 +173,15 @@ def test_a_saver_that_makes_room_first_is_seen_to_leave_nothing(tmp_path: Path) 
     config = world.config(world=1, model={"layers": 1, "width": 8})
     ((_, wrong),) = launch(1, killed_saves, config, tmp_path, [1000], prune_first, timeout=world.TIMEOUT)
     assert any("holds no checkpoint" in text for text in wrong)
+
+
+@parity
+def test_dcp_alone_killed_while_it_overwrites_loads_old_and_new_mixed(tmp_path: Path) -> None:
+    """Why a checkpoint has a fresh folder. If this fails, torch has changed, and docs/checkpoints.md is to say so."""
+    (found,) = launch(1, dcp_killed_in_an_overwrite, tmp_path / "dcp", timeout=world.TIMEOUT)
+    assert found[0] == {0.0}
+    assert {0.0, 1.0} in found
+    assert found[-1] == {1.0}
 
 
 @parity

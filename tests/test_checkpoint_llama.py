@@ -28,6 +28,21 @@ def trained(folder: Path, **model: Any) -> tuple[Trainer, Path]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
+def test_hugging_face_loads_what_goes_out(tmp_path: Path, tied: bool) -> None:
+    """That its logits are ours then, test_oracle.py shows."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install -e .[dev]")
+    trainer, saved = trained(tmp_path, tied=tied, bias=True)
+    llama.export(saved, tmp_path / "out")
+    loaded, told = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float64, output_loading_info=True
+    )
+    assert not any(told.values()), told
+    found = dict(loaded.named_parameters())
+    assert len(found) == len(trainer.program.parameters)
+    assert all(torch.equal(param, found[llama.renamed(n)]) for n, param in trainer.program.parameters.items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_model_goes_out_and_comes_back(tmp_path: Path, tied: bool, bias: bool) -> None:
     trainer, saved = trained(tmp_path, tied=tied, bias=bias)

@@ -61,10 +61,10 @@ def test_what_is_imported_for_all_ranks_says_nothing(engine: str) -> None:
     assert (done.stdout, done.stderr) == ("", "")
 
 
-def slightly_off(trainer: Trainer) -> None:
-    """Rank 1's tokens count 1.0002 times."""
+def weighs_more(trainer: Trainer, scale: float) -> None:
+    """Rank 1's tokens count `scale` times."""
     loss = trainer.program.loss
-    scale = 1.0002 if trainer.mesh.rank == 1 else 1.0
+    scale = scale if trainer.mesh.rank == 1 else 1.0
     trainer.program = replace(trainer.program, loss=lambda logits, targets: loss(logits, targets) * scale)
 
 
@@ -72,5 +72,16 @@ def slightly_off(trainer: Trainer) -> None:
 @pytest.mark.engines
 @pytest.mark.parametrize(("engine", "name"), [cell for cell in CELLS if find(*cell).AXIS == "dp"])
 def test_the_measured_tolerance_is_narrow_enough_for_a_rank_that_weighs_a_little_more(engine: str, name: str) -> None:
-    verdict = world.verifier().verify(Case(alone(engine, name, 2, "").config, slightly_off))
+    slightly = functools.partial(weighs_more, scale=1.0002)
+    verdict = world.verifier().verify(Case(alone(engine, name, 2, "").config, slightly))
+    assert verdict.status == "mismatch"
+
+
+@pytest.mark.parity
+@pytest.mark.engines
+@pytest.mark.parametrize(("engine", "name"), [("fairscale", "zero1"), ("deepspeed", "zero2")])  # a reference each
+def test_that_of_bfloat16_is_narrow_enough_for_a_rank_that_weighs_a_quarter_more(engine: str, name: str) -> None:
+    verdict = world.verifier().verify(
+        Case(alone(engine, name, 2, "", dtype="bfloat16").config, functools.partial(weighs_more, scale=1.25))
+    )
     assert verdict.status == "mismatch"

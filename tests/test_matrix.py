@@ -42,7 +42,7 @@ def assert_close(case: Case, verdict: Verdict) -> None:
     if case.config.train.dtype == "float64":
         assert verdict.tolerance == world.EXACT
     else:
-        assert 0 < verdict.tolerance < {"float32": 1e-2, "bfloat16": 4}[case.config.train.dtype]
+        assert 0 < verdict.tolerance < {"float32": 1e-2, "bfloat16": 0.3}[case.config.train.dtype]
 
 
 def assert_bytes_are_as_predicted(case: Case, verdict: Verdict) -> None:
