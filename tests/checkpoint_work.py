@@ -1,6 +1,6 @@
 """What launched ranks do in the tests of checkpoints."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def leg(
     if tamper:
         tamper(trainer)
     share = trainer.compute_gradients(trainer.batch())
-    loss = all_reduce(share, trainer.mesh.axis("pp", "dp_replicate", "dp_shard", "cp"), "loss").wait().item()
+    loss = all_reduce(share, trainer.mesh.axis("pp", "dp_replicate", "dp_shard", "ep", "cp"), "loss").wait().item()
     gradients = pieces(trainer, gradients=True)
     norm = trainer.update().item()
     checkpoint.save(trainer, to)
@@ -137,19 +137,23 @@ def pieces(trainer: Trainer, *, gradients: bool = False) -> Pieces:
 
 
 def relay(layouts: list[str], folder: Path, tamper: Prepare | None = None, **train: Any) -> list[float]:
-    """Train one step in each of `layouts`, each going on from the last one's checkpoint -> each step's largest error.
+    """`relay_of` the training of `config` through `layouts`."""
+    sections: dict[str, Any] = {"train": {"steps": len(layouts), **train}, "model": {"dropout": 0.2}}
+    return relay_of([config(layout, **sections) for layout in layouts], folder, tamper)
+
+
+def relay_of(configs: Sequence[Config], folder: Path, tamper: Prepare | None = None) -> list[float]:
+    """Train one step by each of `configs`, each going on from the last one's checkpoint -> each step's largest error.
 
     The error is that of loss, norm, gradients and parameters against the same training in one process.
     """
-    sections: dict[str, Any] = {"train": {"steps": len(layouts), **train}, "model": {"dropout": 0.2}}
-    reference = world.alone(config(**sections))
-    errors, start = [], folder / "none"
-    for step, layout in enumerate(layouts):
-        settings, again, to = config(layout, **sections), folder / f"{step}-again", folder / f"{step}"
+    reference, errors, start = world.alone(configs[0]), [], folder / "none"
+    for step, settings in enumerate(configs):
+        again, to = folder / f"{step}-again", folder / f"{step}"
         planted = tamper if step else None
         ranks = launch(settings.mesh.world, leg, settings, start, again, to, planted, timeout=world.TIMEOUT)
         if step:
-            assert same(whole.load(checkpoint.latest(again)), whole.load(checkpoint.latest(start))), layout
+            assert same(whole.load(checkpoint.latest(again)), whole.load(checkpoint.latest(start))), settings.mesh
         errors.append(error(ranks, reference, step))
         start = to
     return errors

@@ -177,7 +177,7 @@ def checkpoints(folder: Path, seeds: Sequence[int], *, forged: bool) -> int:
     trainer.train_step()
     good = checkpoint.save(trainer, folder / "good")
     before, bad = whole.load(good), folder / "bad"
-    names = [file.name for file in good.iterdir()]
+    names = sorted(file.name for file in good.iterdir())
 
     def case(rng: random.Random) -> None:
         shutil.rmtree(bad, ignore_errors=True)

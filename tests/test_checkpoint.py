@@ -4,11 +4,14 @@ import json
 import os
 import pickle
 import shutil
+import tracemalloc
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
+from struct import pack
 from typing import Any
 
 import checkpoint_work as work
@@ -461,6 +464,24 @@ def test_a_hostile_pickle_is_refused_and_does_nothing(saved: Path, tmp_path: Pat
         with pytest.raises(CheckpointError, match=r"is damaged"):
             read()
     assert not mark.exists()
+
+
+@unit
+@pytest.mark.parametrize(
+    "greedy",
+    [pickle.NONE + pickle.LONG_BINPUT + pack("<I", 2**22), pickle.BYTEARRAY8 + pack("<Q", 2**25)],
+    ids=["memo", "bytes"],
+)
+def test_an_index_gets_no_more_memory_than_it_has_bytes_whatever_it_asks_for(saved: Path, greedy: bytes) -> None:
+    """A few random bytes ask for tens of gigabytes; 32 MiB are enough to see it."""
+    index = pickle.PROTO + b"\x05" + greedy + (saved / ".metadata").read_bytes()[2:]
+    (saved / ".metadata").write_bytes(index)
+    seal(saved)
+    tracemalloc.start()
+    with suppress(CheckpointError):
+        whole.load(saved)
+    (_, most), _ = tracemalloc.get_traced_memory(), tracemalloc.stop()
+    assert most < 2**24
 
 
 @unit

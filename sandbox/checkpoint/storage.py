@@ -7,6 +7,7 @@ DCP's planners, writer and reader do the work; who calls them when stands here, 
 torch's `save` what to leave out: ranks exchange plans, then write, and reading needs no exchange at all.
 """
 
+import io
 import math
 import os
 import pickle
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -231,8 +232,7 @@ class _Reader(FileSystemReader):
         self.fs = _Files(moved)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            found = _Unpickler(file).load()
+        found = _Unpickler((Path(self.path) / ".metadata").read_bytes()).load()
         if not isinstance(found, Metadata):
             raise pickle.UnpicklingError("it is no index")
         files = {entry.name for entry in Path(self.path).iterdir()}
@@ -241,11 +241,17 @@ class _Reader(FileSystemReader):
         return found
 
 
-class _Unpickler(pickle.Unpickler):
-    """Makes only what an index of tensors consists of. DCP itself would unpickle anything."""
+class _Unpickler(pickle._Unpickler):
+    """Makes only what an index of tensors consists of. DCP itself would unpickle anything.
 
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(file)
+    The unpickler in C would also make room, tens of gigabytes of it, for a memo as large as four bytes say; this one's
+    memo is a dict.
+    """
+
+    dispatch: ClassVar = {code: do for code, do in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
+
+    def __init__(self, index: bytes) -> None:
+        super().__init__(io.BytesIO(index))  # of which no read gets more than there is
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):

@@ -6,12 +6,14 @@
 import re
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import checkpoint_work
 import pytest
 import torch
 import world
@@ -25,13 +27,15 @@ from sandbox.config import Config, check
 from sandbox.errors import ConfigError, UnsupportedError
 from sandbox.mesh import Mesh
 from sandbox.model import build
-from sandbox.plan import USUAL, find, fold, plan, strategies
+from sandbox.plan import find, fold, plan, strategies
 from sandbox.verify import Case, fixture
 
 CHUNK = 25
+ENGINES = ("native", "native", "native", "torch")
 AXES = ("pp", "dp", "cp", "tp")
 DEGREES = [degrees for degrees in product(range(1, 9), repeat=len(AXES)) if 1 < prod(degrees) <= 8]
 DEGREES += 5 * [degrees for degrees in DEGREES if degrees.count(2) == 3]  # or three axes at once would be rare
+DEGREES += [degrees for degrees in product((1, 2, 3), repeat=len(AXES)) if prod(degrees) == 12]
 NAMES_A_FIELD = re.compile(r"\b(mesh|model|data|train)\.[a-z_.]+\b")
 
 
@@ -50,23 +54,23 @@ def values(annotation: Any) -> st.SearchStrategy[Any]:
     return kinds.get(annotation, st.none())
 
 
-def axis(name: str, degree: int) -> st.SearchStrategy[dict[str, Any]]:
+def section(engine: str, name: str, degree: int) -> st.SearchStrategy[dict[str, Any]]:
     """A section of the mesh: any strategy of the axis with any of its options."""
-    names = [found for found in strategies("native") if name == find("native", found).AXIS] if name == "dp" else []
+    names = [found for found in strategies(engine) if name == find(engine, found).AXIS]
 
     def options(strategy: str) -> st.SearchStrategy[dict[str, Any]]:
-        fields = find("native", strategy).Options.model_fields
+        fields = find(engine, strategy).Options.model_fields
         chosen = {option: values(field.annotation) for option, field in fields.items()}
         replicas = {"replicas": st.sampled_from([1, 1, 2, 3])} if name == "dp" else {}
         return st.fixed_dictionaries(
             {"degree": st.just(degree), "strategy": st.just(strategy)}, optional={**chosen, **replicas}
         )
 
-    return st.sampled_from(names or [USUAL[name]]).flatmap(options)
+    return st.sampled_from(names).flatmap(options)
 
 
 MODEL = {
-    "layers": st.integers(1, 6),
+    "layers": st.sampled_from([1, 2, 3, 4, 5, 6, 6, 10]),
     "kv_heads": st.sampled_from([1, 1, 2, 2, 3, 4]),
     "hidden": st.sampled_from([3, 11, 16, 20]),
     "norm": st.sampled_from(["rms", "layer"]),
@@ -75,23 +79,52 @@ MODEL = {
     "dropout": st.sampled_from([0.0, 0.2]),
     **dict.fromkeys(("bias", "tied", "rotary", "qk_norm"), st.booleans()),
 }
+EXPERTS = {
+    "experts": st.integers(2, 5),
+    "top_k": st.integers(1, 3),
+    "moe_every": st.integers(1, 2),
+    "aux_loss": st.sampled_from([0.0, 0.3]),
+    "z_loss": st.sampled_from([0.0, 0.05]),
+    "renormalise": st.booleans(),
+}
 DATA = {"sequence": st.integers(2, 20), "layout": st.sampled_from(["packed", "padded"])}
 TRAIN = {
-    "batch": st.sampled_from([2, 7, 13, 16, 24, 25]),
+    "batch": st.sampled_from([2, 7, 13, 16, 24, 25, 37]),
     "microbatches": st.integers(1, 5),
     "clip": st.sampled_from([None, 0.1]),
     "seed": st.integers(0, 9),
+    "recompute": st.sampled_from(["none", "selective", "full"]),
 }
 
 
 @st.composite
-def trees(draw: st.DrawFn, files: tuple[str, ...]) -> dict[str, Any]:
-    """A config as one would write it."""
-    degrees = draw(st.sampled_from(DEGREES))
+def meshes(draw: st.DrawFn, engine: str, *, experts: bool) -> dict[str, Any]:
+    """Any mesh of an engine's; of native, perhaps with experts cut over some of dp."""
+    has = {find(engine, name).AXIS for name in strategies(engine)}
+    fits = [d for d in DEGREES if all(n == 1 or axis in has for n, axis in zip(d, AXES, strict=True))]
+    degrees = dict(zip(AXES, draw(st.sampled_from(fits)), strict=True))
+    mesh = {name: draw(section(engine, name, degree)) for name, degree in degrees.items() if degree > 1}
+    if experts and "ep" in has and (cuts := [n for n in (2, 3, 4) if degrees["dp"] % n == 0]):
+        mesh |= draw(st.sampled_from([{}, *({"ep": {"degree": n}} for n in cuts)]))
+    return mesh
+
+
+@st.composite
+def models(draw: st.DrawFn) -> dict[str, Any]:
+    """Any model."""
     heads, width = draw(st.sampled_from([2, 4, 4, 6, 8])), draw(st.sampled_from([4, 4, 4, 5, 6]))
+    model = {"heads": heads, "width": heads * width, **draw(st.fixed_dictionaries({}, optional=MODEL))}
+    return model | draw(st.one_of(st.just({}), st.just({}), st.fixed_dictionaries(EXPERTS)))
+
+
+@st.composite
+def trees(draw: st.DrawFn, files: tuple[str, ...], engines: Sequence[str] = ("native",)) -> dict[str, Any]:
+    """A config as one would write it."""
+    engine, model = draw(st.sampled_from(engines)), draw(models())
     return {
-        "mesh": {name: draw(axis(name, degree)) for name, degree in zip(AXES, degrees, strict=True) if degree > 1},
-        "model": {"heads": heads, "width": heads * width, **draw(st.fixed_dictionaries({}, optional=MODEL))},
+        "engine": engine,
+        "mesh": draw(meshes(engine, experts="experts" in model)),
+        "model": model,
         "data": {**draw(st.fixed_dictionaries(DATA)), "files": draw(st.sampled_from([(), files]))},
         "train": draw(st.fixed_dictionaries({}, optional=TRAIN)),
     }
@@ -132,7 +165,7 @@ def accepted(tree: dict[str, Any]) -> Config | None:
 def test_any_plan_holds_or_is_refused(chunk: int, short_documents: tuple[str, ...]) -> None:
     @seed(chunk)
     @settings(DRAWN, max_examples=CHUNK)
-    @given(trees(short_documents))
+    @given(trees(short_documents, ENGINES))
     def holds_or_is_refused(tree: dict[str, Any]) -> None:
         if (config := accepted(tree)) is None:
             return
@@ -142,6 +175,43 @@ def test_any_plan_holds_or_is_refused(chunk: int, short_documents: tuple[str, ..
         assert verdict.status == "held", f"{verdict.status}: {verdict.cause}\n{written}"
 
     holds_or_is_refused()
+
+
+@st.composite
+def journeys(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """One training in three plans, one after the other."""
+    model = draw(models())
+    data, seed_ = draw(st.fixed_dictionaries(DATA)), draw(st.integers(0, 9))
+    plans = []
+    for _ in range(3):
+        engine = draw(st.sampled_from(ENGINES))
+        train = {name: draw(TRAIN[name]) for name in ("microbatches", "recompute")}
+        plans.append(
+            {
+                "engine": engine,
+                "mesh": draw(meshes(engine, experts="experts" in model)),
+                "model": model,
+                "data": data,
+                "train": {"batch": 37, "seed": seed_, "clip": 0.1, **train},
+            }
+        )
+    return plans
+
+
+@pytest.mark.parity
+@pytest.mark.timeout(900)
+def test_a_training_goes_on_from_plan_to_plan(chunk: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    @seed(chunk)
+    @settings(DRAWN, max_examples=CHUNK)
+    @given(journeys())
+    def goes_on(plans: list[dict[str, Any]]) -> None:
+        configs = [config for tree in plans if (config := accepted(tree)) is not None]
+        if len(configs) > 1:
+            event(f"{len(configs)} plans")
+            errors = checkpoint_work.relay_of(configs, tmp_path_factory.mktemp("journey"))
+            assert max(errors) <= world.EXACT, f"{errors}\n{yaml.safe_dump_all(plans)}"
+
+    goes_on()
 
 
 def counted(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
