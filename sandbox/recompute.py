@@ -22,8 +22,8 @@ Sources: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016; Kor
 Recomputation in Large Transformer Models", MLSys 2023 (selective).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -53,12 +53,20 @@ def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[No
 
     So a zero-bubble schedule puts off the same weights' gradients both times.
     """
-    return nullcontext(), _entered(_get_current_function_mode_stack())
+    return nullcontext(), _Entered(_get_current_function_mode_stack())
 
 
-@contextmanager
-def _entered(modes: Sequence[TorchFunctionMode]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for mode in modes:
-            stack.enter_context(mode)
-        yield
+class _Entered:
+    """Enters modes, as often as asked: torch's zero-bubble schedules compute again for inputs and again for weights."""
+
+    def __init__(self, modes: Sequence[TorchFunctionMode]) -> None:
+        self._modes = modes
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            for mode in self._modes:
+                stack.enter_context(mode)
+            self._entered = stack.pop_all()
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.close()

@@ -11,6 +11,7 @@ from traced import Traced
 from sandbox.runtime import warm
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns, when tests of it are collected, that it is so
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine threads of torch wait for each other, ten times as long
 TIERS = {"unit", "parity"}
 
 

@@ -181,6 +181,8 @@ def test_any_plan_holds_or_is_refused(chunk: int, short_documents: tuple[str, ..
 def journeys(draw: st.DrawFn) -> list[dict[str, Any]]:
     """One training in three plans, one after the other."""
     model = draw(models())
+    if model.get("bias"):
+        model["rotary"] = True  # or the gradients of keys' biases are noise
     data, seed_ = draw(st.fixed_dictionaries(DATA)), draw(st.integers(0, 9))
     plans = []
     for _ in range(3):

@@ -52,13 +52,16 @@ class Options(Base):
     reshard_after_forward: bool = Field(True, description="free a block's parameters between forward and backward")
 
 
+check = fsdp.check
+
+
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` with model and optimizer prepared by Accelerate."""
     from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     forget_launcher()
-    axis, replicas = fsdp.shard_axis(mesh), mesh.axis("dp_replicate").size
+    axis, replicas = mesh.axis("dp_shard"), mesh.axis("dp_replicate").size
     blocks = {type(block).__name__ for block in program.model.get_submodule("blocks").children()}
     accelerator = make_accelerator(
         multi_device=True,
@@ -93,7 +96,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
 
 def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
     """Bytes sent in one step and held after it, by this rank."""
-    axis, replicate = fsdp.shard_axis(mesh), mesh.axis("dp_replicate")
+    axis, replicate = mesh.axis("dp_shard"), mesh.axis("dp_replicate")
     item = next(model.parameters()).element_size()
     inside = {id(p) for p in model.get_submodule("blocks").parameters()}
     gathered = padded = held = 0

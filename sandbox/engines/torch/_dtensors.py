@@ -14,7 +14,9 @@ from sandbox.model import Transformer
 from sandbox.partition import even
 from sandbox.program import Program, make_optimizer, replace_parameters
 
-__all__ = ["adopt", "microbatch_rows", "own_rows", "reductions", "retie", "stages_of", "units"]
+__all__ = [
+    "adds_up", "adopt", "casts", "microbatch_rows", "own_rows", "reductions", "retie", "stages_of", "units",
+]  # fmt: skip
 
 
 def adopt(program: Program, mesh: Mesh, layout: Mapping[str, Layout]) -> Program:
@@ -75,9 +77,22 @@ def microbatch_rows(mesh: Mesh, config: Config) -> list[int]:
 
 def reductions(config: Config) -> int:
     """How often the data strategy reduces gradients in a step."""
+    return config.passes if _each(config) else 1
+
+
+def casts(config: Config) -> bool:
+    """Whether the model meets its parameters in the dtype that it computes in: as FSDP gathers them."""
+    return config.mesh.dp.degree > 1 and config.mesh.dp.strategy == "fsdp"
+
+
+def adds_up(config: Config) -> bool:
+    """Whether gradients wait, in the parameters' own dtype, for those of other microbatches: in a pipeline always."""
+    return config.mesh.pp.degree > 1 or (config.train.microbatches > 1 and not _each(config))
+
+
+def _each(config: Config) -> bool:
     default = "each" if config.mesh.dp.strategy == "fsdp" else "last"
-    each = config.mesh.dp.degree > 1 and config.mesh.dp.options.get("sync", default) == "each"
-    return config.passes if each else 1
+    return config.mesh.dp.degree > 1 and config.mesh.dp.options.get("sync", default) == "each"
 
 
 def own_rows(rows: int, ranks: int, rank: int) -> int:

@@ -33,11 +33,11 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from sandbox.comm import Axis, ring_bytes
+from sandbox.comm import ring_bytes
 from sandbox.config import Config
 from sandbox.config import Options as Base
 from sandbox.engines.torch._dtensors import adopt, own_rows, stages_of, units
-from sandbox.errors import MeshError
+from sandbox.errors import ConfigError
 from sandbox.mesh import Mesh
 from sandbox.predict import Prediction, state_copies
 from sandbox.program import Program, shard_rows
@@ -52,6 +52,16 @@ class Options(Base):
     sync: Literal["each", "last"] = Field("each", description="reduce after each microbatch, or after the last only")
 
 
+def check(config: Config, options: Options) -> None:
+    """Refuse replicas that leave nothing to cut."""
+    dp = config.mesh.dp
+    if dp.replicas == dp.degree:
+        raise ConfigError(
+            f"mesh.dp.replicas {dp.replicas}: with as many replicas as ranks, fsdp has nothing to cut. "
+            "Set mesh.dp.replicas: 1, or mesh.dp.strategy: ddp."
+        )
+
+
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` with all its state in DTensors cut over dp_shard, and parameters gathered on use."""
     # Here, for it takes 1.5 s, and predictions can do without.
@@ -59,7 +69,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    axis, model, stages = shard_axis(mesh), program.model, stages_of(program.model)
+    axis, model, stages = mesh.axis("dp_shard"), program.model, stages_of(program.model)
     bf16 = program.config.train.dtype == "bfloat16"
     pipelined = mesh.axis("pp").size > 1
     free = options.reshard_after_forward and not pipelined
@@ -89,17 +99,9 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     return replace(adopted, shard_batch=shard_rows(program, mesh), begin=begin)
 
 
-def shard_axis(mesh: Mesh) -> Axis:
-    """The axis over which parameters are cut."""
-    axis = mesh.axis("dp_shard")
-    if axis.size == 1:
-        raise MeshError("mesh.dp.replicas: with as many replicas as ranks, nothing is cut. Use strategy ddp.")
-    return axis
-
-
 def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
     """Bytes sent in one step and held after it, by this rank."""
-    axis, replicate = shard_axis(mesh), mesh.axis("dp_replicate")
+    axis, replicate = mesh.axis("dp_shard"), mesh.axis("dp_replicate")
     item = next(model.parameters()).element_size()
     short = 2 if config.train.dtype == "bfloat16" else item  # what is gathered
     passes, pipelined = config.passes, config.mesh.pp.degree > 1

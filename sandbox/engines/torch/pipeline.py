@@ -24,7 +24,8 @@ told not to (`scale_grads=False`): right only for means over microbatches with a
 
 Under FSDP or `replicate` each stage is a root, and torch's stage reduces its gradients after its last microbatch; it
 keeps parameters whole until then. InterleavedZeroBubble, ZBVZeroBubble and DualPipeV take backward apart with
-`torch.autograd.grad`.
+`torch.autograd.grad`: for inputs, and then for weights, a few at a time. With `train.recompute` each of these calls
+computes a block again, some ten times in all, where ours does it once.
 
 Sources: as the native pipeline's; torch.distributed.pipelining.schedules.
 """
@@ -64,6 +65,7 @@ NAMES = {
     "zbv": "ZBVZeroBubble",
     "dualpipe_v": "DualPipeV",
 }
+APART = ("interleaved_zb", *VS)
 
 
 class Options(StageOptions):
@@ -86,6 +88,11 @@ def check(config: Config, options: Options) -> None:
         raise ConfigError(
             f"model.tied: schedule {name} has embedding and head on one rank, as two stages; torch's FSDP and "
             "replicate take each stage as a root, and two roots cannot share a weight. Set mesh.pp.schedule: 1f1b."
+        )
+    if name in APART and config.train.recompute != "none" and config.mesh.tp.degree > 1:
+        raise ConfigError(
+            f"train.recompute: torch's {NAMES[name]} would compute a block, and its collectives over tp, again for "
+            "every few weights. Set train.recompute: none, or mesh.pp.schedule: 1f1b."
         )
     rounds = max(1, count // degree)
     if name in ("interleaved", "interleaved_zb") and count % rounds:

@@ -21,8 +21,9 @@ Bytes sent by a rank for each microbatch: n ranks, L blocks, X bytes of hidden s
     all_reduce       2 (n-1)/n 3 B S numbers  the loss: maximum, sum of exponentials, the target's logit
 
 and once a step 2 (n-1)/n w for gradients of shared weights, each by itself; under FSDP or `replicate` (ddp.py), which
-take gradients over, each time that they reduce. With `sequence` each all_reduce of X becomes a reduce_scatter and an
-all_gather, (n-1)/n X each, and inputs of linears are kept whole for backward, not gathered again as our own does.
+take gradients over, each time that they reduce; what FSDP has gathered as bfloat16, as that. With `sequence` each
+all_reduce of X becomes a reduce_scatter and an all_gather, (n-1)/n X each, and inputs of linears are kept whole for
+backward, not gathered again as our own does.
 Memory: parameters, gradients and optimizer state are cut by n, but for norms and the biases of o and down.
 
 Sources: Shoeybi et al., "Megatron-LM", 2019; Korthikanti et al., "Reducing Activation Recomputation", MLSys 2023.
@@ -40,7 +41,15 @@ from sandbox.batch import Batch
 from sandbox.comm import Axis, ring_bytes
 from sandbox.config import Config
 from sandbox.config import Options as Base
-from sandbox.engines.torch._dtensors import adopt, microbatch_rows, own_rows, reductions, retie
+from sandbox.engines.torch._dtensors import (
+    adds_up,
+    adopt,
+    casts,
+    microbatch_rows,
+    own_rows,
+    reductions,
+    retie,
+)
 from sandbox.errors import ConfigError
 from sandbox.mesh import Mesh
 from sandbox.model import Block, Transformer
@@ -208,8 +217,9 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
     assert isinstance(model, Transformer)
     partial = cut(model, options, axis)
     first, last = mesh.axis("pp").rank == 0, model.head is not None
-    stored = next(model.parameters()).element_size()  # the embedding's words are summed as they are stored
-    once, blocks = model.dtype.itemsize, len(model.blocks)
+    once, blocks, own = model.dtype.itemsize, len(model.blocks), next(model.parameters()).element_size()
+    stored = once if casts(config) else own  # as what the embedding's words are summed
+    shared = once if casts(config) and not adds_up(config) else own
     number = (4 * blocks + last) * once + first * stored
     gathers, sums = (2, 1 + (config.model.dropout > 0)) if config.train.recompute == "full" else (0, 0)  # run again
     terms = 3 * last * torch.promote_types(model.dtype, torch.float32).itemsize
@@ -223,7 +233,7 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
         else:
             traffic[f"all_reduce {AXIS}"] += (number + sums * blocks * once) * across
         traffic[f"all_reduce {AXIS}"] += ring_bytes(terms * tokens, axis.size)
-    traffic[f"all_reduce {AXIS}"] += reductions(config) * ring_bytes(partial, axis.size)
+    traffic[f"all_reduce {AXIS}"] += reductions(config) * ring_bytes(partial * shared // own, axis.size)
     held = bytes_of(model.parameters())
     memory = {"parameters": held, "gradients": held, "optimizer": state_copies(config.train) * held}
     return Prediction(traffic, memory)
