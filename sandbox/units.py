@@ -7,7 +7,8 @@ holds only its part of it, [N_dp] of [N] elements. In forward and again in backw
 
 so that bytes travel while the rank computes, and two units at most are whole at once. The last block and the head
 are kept from forward to backward, for they would be gathered again at once; backward of the embedding needs no weight.
-A unit's gradients are reduced as soon as they are complete, and its parameters freed with them.
+A unit's gradients are reduced as soon as they are complete, and its parameters freed with them, on all ranks before the
+next one is gathered: collectives are to start in one order.
 Experts that are cut over ep are a part of their block's unit, gathered and reduced over ranks of their own.
 In a pipeline, whose microbatches take turns, units stay whole from their first use in a step to their last.
 
@@ -16,7 +17,7 @@ are whole again when the storage is filled again. (In between there is nothing t
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -184,7 +185,7 @@ def gather_on_use(
 
         def after(module: nn.Module, args: Any, out: Any) -> None:
             if torch.is_grad_enabled():
-                first_gradient(out, lambda: enter_backward(number))
+                on_gradients(out, lambda: enter_backward(number), lambda: arrivals.close(number + 1))
                 if unit.kept or not reshard_after_forward or number in busy:
                     return
             for shard in of_unit[number]:
@@ -194,8 +195,9 @@ def gather_on_use(
             module.register_forward_pre_hook(before, prepend=True)  # other hooks may read the parameters
         unit.modules[-1].register_forward_hook(after)
 
-    seen: set[int] = set()  # units whose forward has begun in this pass
-    busy: set[int] = set()  # units whose backward has begun: a recomputed forward must not free them
+    arrivals = Arrivals(units, open_=program.config.mesh.pp.degree > 1)
+    # Units whose forward has begun in this pass, and whose backward has: those a recomputed forward must not free.
+    seen, busy = set[int](), set[int]()
 
     for number, unit in enumerate(units):
         watch(number, unit)
@@ -236,13 +238,53 @@ def gather_on_use(
         shard_batch=shard_rows(program, mesh),
         begin=begin,
     )
-    return reduce_in_backward(sharded, [shard.bucket for shard in reversed(shards)], launch, finish, each=True)
+    return arrivals.watch(
+        reduce_in_backward(sharded, [shard.bucket for shard in reversed(shards)], launch, finish, each=True)
+    )
 
 
-def first_gradient(out: Any, enter: Callable[[], None]) -> None:
-    """Have `enter` called when backward has the first gradient of anything in a module's output."""
+class Arrivals:
+    """Sees to it that all ranks reduce a unit before they gather the next, whoever used what of it.
+
+    What a rank has not used when backward comes to the output of the unit before, it does not use. A root, whose last
+    output comes first, tells nothing of what follows it. `open_`: a schedule tells itself which gradients are complete.
+    """
+
+    def __init__(self, units: Sequence[Unit], *, open_: bool) -> None:
+        self._units, self._open = units, open_
+        self._coming, self._unused = set[str](), set[str]()
+
+    def watch(self, program: Program) -> Program:
+        """Return `program` with an eye on its backward passes."""
+        self._tell = program.grad_ready
+
+        def begin(final: bool) -> None:
+            program.begin(final)
+            self._coming, self._unused = {name for unit in self._units for name in unit.params}, set()
+
+        return replace(program, begin=begin, grad_ready=self._came)
+
+    def close(self, number: int) -> None:
+        """Backward is through with all of the units from this one on."""
+        if self._open or self._units[number - 1].name == "root" or number == len(self._units):
+            return
+        for name in self._units[number].params:
+            if name in self._coming:
+                self._came(name)
+                self._unused.add(name)
+
+    def _came(self, name: str) -> None:
+        if name in self._unused:
+            raise RuntimeError(f"the gradient of {name} came when backward was through with what follows its unit.")
+        self._coming.discard(name)
+        self._tell(name)
+
+
+def on_gradients(out: Any, first: Callable[[], None], last: Callable[[], None]) -> None:
+    """Have `last` called when backward has all gradients of a module's output; and `first` then, or when it has any."""
     outs = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
-    register_multi_grad_hook(outs, lambda grad: enter(), mode="any")
+    register_multi_grad_hook(outs, lambda grads: last(), mode="all")
+    register_multi_grad_hook(outs, lambda grad: first(), mode="any")
 
 
 def adds_up(config: Config, *, each: bool) -> bool:

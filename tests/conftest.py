@@ -11,7 +11,7 @@ from traced import Traced
 from sandbox.runtime import warm
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns, when tests of it are collected, that it is so
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine threads of torch wait for each other, ten times as long
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of torch that wait for a core take ten times as long
 TIERS = {"unit", "parity"}
 
 
@@ -26,6 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name in ("thorough", "cluster"):
             item.add_marker(item.path.parent.name)
+            if not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(600))
     without = [item.nodeid for item in items if len(TIERS & {mark.name for mark in item.iter_markers()}) != 1]
     if without:
         raise pytest.UsageError("mark these unit or parity, and not both:\n" + "\n".join(without))

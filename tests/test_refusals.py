@@ -154,6 +154,12 @@ TABLE: dict[str, tuple[str, str, list[str]]] = {
         "mesh.pp.strategy: fsdp belongs to mesh.dp.",
         ["mesh.pp.strategy=pipeline"],
     ),
+    "as many replicas as ranks": (
+        "engine=torch mesh.dp.degree=4 mesh.dp.strategy=fsdp mesh.dp.replicas=4",
+        "mesh.dp.replicas 4: with as many replicas as ranks, fsdp has nothing to cut. "
+        "Set mesh.dp.replicas: 1, or mesh.dp.strategy: ddp.",
+        ["mesh.dp.replicas=1", "mesh.dp.strategy=ddp"],
+    ),
     "strategy that an engine lacks": (
         "engine=torch mesh.dp.degree=2 mesh.dp.strategy=zero3",
         "engine torch cannot run zero3: torch.distributed has it as FSDP, cut by rows. Use strategy fsdp.",

@@ -26,7 +26,8 @@ from sandbox.verify.compare import assemble, differences
 
 NATIVE = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 EXACT = 1e-12
-TIMEOUT = 60.0
+TIMEOUT = 110.0
+"""Seconds, so many that a world on a busy machine has them, and fewer than pytest gives a test."""
 
 Prepare = Callable[[Trainer], Any]
 
@@ -34,7 +35,12 @@ Prepare = Callable[[Trainer], Any]
 @functools.cache
 def verifier() -> Verifier:
     """One for the whole session, so that each reference is run once."""
-    return Verifier()
+    return Verifier(patient)
+
+
+def patient(world: int, work: Callable[..., Any], *args: Any, timeout: float) -> list[Any]:
+    """`launch`, with `TIMEOUT` at least."""
+    return launch(world, work, *args, timeout=max(timeout, TIMEOUT))
 
 
 def config(strategy: str = "ddp", world: int = 2, *, engine: str = "native", **sections: dict[str, Any]) -> Config:

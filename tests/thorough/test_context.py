@@ -305,8 +305,8 @@ def test_bfloat16_has_parity_within_its_noise(kind: str) -> None:
 def test_all_ranks_report_the_loss_of_the_whole_batch(kind: str) -> None:
     """In training and in validation, which must leave the next step alone."""
     config = case("native", "", {"dp": {"degree": 2, "strategy": "zero3"}, "cp": {"degree": 2, **CP[kind]}}).config
-    alone = launch(1, world.losses, config.reference(), timeout=60)[0]
-    for rank in launch(4, world.losses, config, timeout=60):
+    alone = launch(1, world.losses, config.reference(), timeout=world.TIMEOUT)[0]
+    for rank in launch(4, world.losses, config, timeout=world.TIMEOUT):
         assert rank == pytest.approx(alone, rel=world.EXACT)
 
 

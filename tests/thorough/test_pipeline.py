@@ -251,8 +251,8 @@ def test_validation_between_steps_agrees_with_one_process(schedule: str, data: s
     settings = config(schedule=schedule)
     mesh = settings.mesh.model_copy(update={"dp": Mesh.model_validate({"dp": {"degree": 2, "strategy": data}}).dp})
     settings = settings.model_copy(update={"mesh": mesh})
-    found = launch(4, world.losses, settings, timeout=60)
-    expected = launch(1, world.losses, settings.reference(), timeout=60)[0]
+    found = launch(4, world.losses, settings, timeout=world.TIMEOUT)
+    expected = launch(1, world.losses, settings.reference(), timeout=world.TIMEOUT)[0]
     for rank in found:
         assert rank == pytest.approx(expected, rel=1e-12)
 
@@ -262,7 +262,7 @@ def test_validation_between_steps_agrees_with_one_process(schedule: str, data: s
 def test_ranks_keep_no_more_microbatches_than_the_schedule_says(schedule: str) -> None:
     settings = config(degree=2, microbatches=8, schedule=schedule)
     planned = pipeline.schedule(settings, pipeline.Options(schedule=schedule))
-    assert launch(2, work.live, settings, timeout=60) == peaks(planned)
+    assert launch(2, work.live, settings, timeout=world.TIMEOUT) == peaks(planned)
 
 
 @PARITY
@@ -270,7 +270,7 @@ def test_ranks_keep_no_more_microbatches_than_the_schedule_says(schedule: str) -
 def test_each_gradient_is_reported_once_and_when_no_more_is_to_come(schedule: str) -> None:
     settings = config(degree=2, microbatches=5, schedule=schedule)
     planned = pipeline.schedule(settings, pipeline.Options(schedule=schedule))
-    reported = launch(2, work.reports, settings, timeout=60)
+    reported = launch(2, work.reports, settings, timeout=world.TIMEOUT)
     names = [name for rank in reported for name, _ in rank]
     assert sorted(names) == sorted(name for name, _ in build(settings.model, "float64").named_parameters())
     for order, rank in zip(planned.orders, reported, strict=True):

@@ -195,8 +195,8 @@ def test_sequence_parallelism_holds_less_while_it_runs() -> None:
 @pytest.mark.parametrize("sequence", [False, True])
 def test_validation_agrees_with_the_unsharded_run(sequence: bool) -> None:
     settings = case("native", "tensor", tp(2, sequence=sequence)).config
-    (expected,) = launch(1, world.losses, settings.reference(), timeout=60)
-    for found in launch(2, world.losses, settings, timeout=60):
+    (expected,) = launch(1, world.losses, settings.reference(), timeout=world.TIMEOUT)
+    for found in launch(2, world.losses, settings, timeout=world.TIMEOUT):
         assert found == pytest.approx(expected, rel=1e-12)
 
 
