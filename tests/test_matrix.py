@@ -121,6 +121,14 @@ def test_the_matrix_goes_up_to_all_axes_and_replicas_on_32_ranks() -> None:
 
 
 @pytest.mark.unit
+def test_experts_are_cut_among_every_set_of_other_axes() -> None:
+    """A composition that is refused is left out of the matrix without a word."""
+    found = {frozenset(active(case)) for case in CASES if case.config.mesh.ep.degree > 1}
+    others = [axis for axis in AXES if axis != "dp"]  # dp is what ep is carved out of
+    assert found >= {frozenset({"dp", *some}) for size in range(4) for some in combinations(others, size)}
+
+
+@pytest.mark.unit
 @pytest.mark.parametrize("engine", ["native", "torch"])
 def test_the_matrix_holds_pairs_with_the_data_axis_and_three_axes_at_once(engine: str) -> None:
     meshes = [c.config.mesh for c in CASES if c.config.engine == engine]

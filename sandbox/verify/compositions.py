@@ -6,6 +6,7 @@ of three, any two ways meet, over a third that changes from case to case; of fou
 """
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain, combinations, product
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -124,6 +125,24 @@ def _experts() -> Iterator[Case]:
     for beside in ({"cp": {"degree": 2}}, {"tp": {"degree": 2, "sequence": True}}, {"pp": {"degree": 2}}):
         name = f"recompute full, {next(iter(beside))}"
         yield alone("native", "expert", 2, name, beside=beside, model=EVERY, train=FULL)
+    yield from _experts_among()
+
+
+def _experts_among() -> Iterator[Case]:
+    """Experts cut over ep, among two axes and more."""
+    two, sequence, ulysses = {"degree": 2}, {"degree": 2, "sequence": True}, {"degree": 2, "kind": "ulysses"}
+    zero2, fsdp, replicas = (
+        {"degree": degree, "strategy": name, "replicas": number}
+        for degree, name, number in ((2, "zero2", 1), (4, "fsdp", 1), (4, "zero3", 2))
+    )
+    pp = {name: {"degree": 2, "schedule": name} for name in ("zbv", "zb_h1", "interleaved", "1f1b")}
+    make, even = partial(alone, "native", "expert", 2), {"microbatches": 4}
+    yield make("zbv, dp4 fsdp, tp2 sequence", beside={"pp": pp["zbv"], "dp": fsdp, "tp": sequence})
+    name = "zb_h1, dp2 zero2, cp2 ulysses, recompute full"
+    yield make(name, beside={"pp": pp["zb_h1"], "dp": zero2, "cp": ulysses}, train=FULL)
+    yield make("interleaved, dp2x2 zero3", beside={"pp": pp["interleaved"], "dp": replicas}, train=even)
+    yield make("cp2, tp2", beside={"cp": two, "tp": two})
+    yield make("1f1b, dp2 zero2, cp2, tp2", beside={"pp": pp["1f1b"], "dp": zero2, "cp": two, "tp": two})
 
 
 def _of_other_engines() -> Iterator[Case]:
