@@ -20,6 +20,7 @@ CONFIGS = {
     "ulysses": ("ulysses",),
     "pipeline": ("pp", "mesh.pp.degree=4", "mesh.dp.degree=1", "train.microbatches=8"),
     "zero_bubble": ("zero_bubble",),
+    "expert": ("ep", "model.experts=6", "model.mlp=gelu"),
     "composition": (
         "pp", "mesh.pp.schedule=zb_h1", "mesh.dp.strategy=fsdp", "mesh.tp.degree=2", "train.microbatches=6",
     ),

@@ -11,6 +11,7 @@ A strategy is a module, found by its place: `sandbox/strategies/NAME.py` for the
     check           optional: (config, options) -> None, raises ConfigError with the nearest setting that would work
     schedule        optional: (config, options) -> Schedule, who does what when, for `explain` to draw
     columns         optional: (sequence, ranks, order) -> the columns of each rank, for `explain` to draw
+    dealt           optional: (config) -> the experts of each rank, for `explain` to draw
     REFUSES         optional: dtype -> why it cannot compute in it
     ROUNDS          optional: in bfloat16, the model's own parameters are bfloat16 too
 

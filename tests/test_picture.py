@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -104,6 +105,18 @@ def test_only_a_ring_has_steps(kind: str) -> None:
     told = titles(picture(config({"cp": {"degree": 2, "kind": kind}})))
     assert any(": step 1" in text for text in told) == (kind == "ring")
     assert any("head 3, columns 0 to" in text for text in told) == (kind == "ulysses")
+
+
+@pytest.mark.parametrize(("experts", "ep"), [(6, 4), (4, 2), (40, 2)])
+def test_tokens_of_every_rank_go_to_the_holder_of_their_expert_and_back(experts: int, ep: int) -> None:
+    moe = config({"dp": {"degree": 4}, "ep": {"degree": ep}}, model={"experts": experts})
+    told, rank = titles(picture(moe)), "rank" if ep == 4 else "ep"
+    holds = [{int(name.split(".")[4]) for name in layout if ".experts." in name} for layout in layouts(moe)[:ep]]
+    for source, expert in product(range(ep), range(experts)):
+        assert told.count(f"tokens of {rank} {source} for expert {expert}") == 2, "at first and at last"
+        (owner,) = (number for number, mine in enumerate(holds) if expert in mine)
+        words = f" computes expert {expert} for {rank} {source}"
+        assert [text for text in told if text.endswith(words)] == [f"{rank} {owner}{words}"]
 
 
 def test_a_part_of_a_page_leaves_the_theme_to_the_page() -> None:

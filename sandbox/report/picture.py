@@ -1,4 +1,4 @@
-"""A config as a picture: who holds what, the schedule, the ring. All of it from what the strategies themselves say."""
+"""A config as a picture: who holds what, the schedule, the ring, experts. All from what the strategies themselves say."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -15,6 +15,7 @@ from sandbox.report.columns import exchange, scores, strips, travel
 from sandbox.report.schedule import WIDEST, gantt, legend
 from sandbox.report.svg import RANKS, Drawing, stack
 from sandbox.report.tensors import Box, Drawn, Held, boxes, held, tensors
+from sandbox.report.tokens import visit
 from sandbox.report.words import size
 from sandbox.schedules import SCHEDULES, finish_times, make
 from sandbox.verdict import Verdict
@@ -36,6 +37,10 @@ def picture(config: Config, *, alone: bool = True) -> str:
         columns_of = getattr(planned.strategy, "columns", None)
         if columns_of:
             drawings += _context(config, planned.options, columns_of)
+        dealt = getattr(planned.strategy, "dealt", None)
+        if dealt:
+            text = "Whose tokens go where in a mixture: colours are whose they are, numbers the experts they are for"
+            drawings.append(_titled(text, visit(dealt(config), _rank(config, "ep"))))
     drawings += [_tensors(config), _held(config)]
     return stack(drawings).svg(f"{config.name}: {name_of(config)}, {config.mesh}", alone=alone)
 

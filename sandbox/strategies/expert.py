@@ -65,6 +65,12 @@ def check(config: Config, options: Options) -> None:
         raise ConfigError(f"mesh.ep.degree {degree} is more than model.experts {experts}. {fix}")
 
 
+def dealt(config: Config) -> list[list[int]]:
+    """The experts of each rank; how many they are differs by one at most."""
+    number = config.model.experts
+    return [part.tolist() for part in torch.arange(number).split(even(number, config.mesh.ep.degree))]
+
+
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` with its experts dealt out over ep, and tokens sent to their owners."""
     axis, held = mesh.axis(AXIS), even(program.config.model.experts, mesh.axis(AXIS).size)
