@@ -1,4 +1,4 @@
-"""A config as a picture: who holds what, the schedule, the ring, experts. All from what the strategies themselves say."""
+"""A config as a picture: who holds what, schedule, ring, experts. All of it from what the strategies themselves say."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable

@@ -191,10 +191,11 @@ def _amounts(
 
 
 def _unexpected(amounts: Mapping[str, Amount], verb: str) -> str:
+    kind = {"sent": "bytes", "held": "memory"}[verb]
     for key, amount in amounts.items():
         least = amount.least or amount.predicted
         for rank, (low, measured, high) in enumerate(zip(least, amount.measured, amount.predicted, strict=True)):
             if not low <= measured <= high:
                 says = f"{high:,}" if low == high else f"{low:,} to {high:,}"
-                return f"bytes: rank {rank} {verb} {measured:,} bytes ({key}) where the formula says {says}."
+                return f"{kind}: rank {rank} {verb} {measured:,} bytes ({key}) where the formula says {says}."
     return ""
