@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 
 PLAIN = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
@@ -67,6 +67,7 @@ class Verdict(BaseModel):
     norm: float = 0.0  # of the global gradient norm
     gradients: list[Difference] = []  # worst over the steps, each logical tensor once, worst first
     parameters: list[Difference] = []  # after the last step
+    reported: list[Difference] = []  # the same, of AdamW, which is told and never judged
     cause: str = ""  # in words, of a mismatch; the reason, of a failed or unsupported case
     seconds: float = 0.0
     traffic: dict[str, Amount] = {}  # "all_reduce dp": bytes sent by a rank in one step
@@ -77,9 +78,15 @@ class Verdict(BaseModel):
     timeline: list[list[Span]] = []  # by rank, of one step
     config: dict[str, Any] = {}  # what was run
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_follows(cls, data: Any) -> Any:
+        return {key: value for key, value in data.items() if key != "worst"} if isinstance(data, dict) else data
+
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def worst(self) -> Difference | None:
-        """The gradient that differs most."""
+        """The gradient that differs most. Written as well as told, and worked out again when read."""
         return self.gradients[0] if self.gradients else None
 
     @property

@@ -121,6 +121,18 @@ TABLE: dict[str, tuple[str, str, list[str]]] = {
         "Set mesh.pp.stages: 1, or mesh.pp.schedule: interleaved or breadth_first.",
         ["mesh.pp.stages=1", "mesh.pp.schedule=interleaved", "mesh.pp.schedule=breadth_first"],
     ),
+    "microbatches for torch's 1f1b": (
+        "engine=torch mesh.pp.degree=4 train.microbatches=2",
+        "train.microbatches 2: torch's 1F1B needs one for each of 4 stages. "
+        "Set train.microbatches: 4, or mesh.pp.schedule: gpipe.",
+        ["train.microbatches=4", "mesh.pp.schedule=gpipe", "engine=native"],
+    ),
+    "microbatches for torch's interleaved": (
+        "engine=torch mesh.pp.degree=2 mesh.pp.schedule=interleaved train.microbatches=5",
+        "train.microbatches 5: torch's Interleaved1F1B runs them in 2 rounds of equal size over 2 ranks. "
+        "Set train.microbatches: 4.",
+        ["train.microbatches=4", "engine=native"],
+    ),
     # names
     "schedule": (
         "mesh.pp.degree=2 mesh.pp.schedule=2f2b",

@@ -248,6 +248,16 @@ def test_a_pattern_names_its_cause(changes: dict[str, Any], cause: str) -> None:
 
 
 @unit
+def test_where_the_step_is_not_judged_what_comes_before_it_is() -> None:
+    """AdamW's: the first values, and the first step's gradients and norm."""
+    short = {"losses": [0.0], "norms": [1.0], "rates": [1.0], "gradients": [right()], "parameters": [right()]}
+    assert diagnose(findings(**short)) == ""
+    assert diagnose(findings(**short | {"gradients": [off(NAMES, ratio=2.0)]})).startswith("scale")
+    assert diagnose(findings(**short | {"norms": [2.0]})).startswith("norm")
+    assert diagnose(findings(**short | {"amounts": "memory: rank 0 held 1"})).startswith("memory")
+
+
+@unit
 def test_where_several_layers_come_first_the_same_one_is_named_every_time() -> None:
     """Names of no known layer are all at depth 0. A set of them would be in another order in every process."""
     some = [f"part{number}.weight" for number in range(9)]

@@ -68,7 +68,11 @@ def _table(cases: list[Verdict], without: tuple[str, ...]) -> Table:
 
 
 def _cells(case: Verdict) -> dict[str, Text]:
-    errors = {"loss": case.loss, "gradients": words.worst(case.gradients), "steps": words.worst(case.parameters)}
+    errors = {
+        "loss": case.loss,
+        "gradients": words.worst(case.gradients),
+        "steps": words.worst(case.parameters or case.reported),
+    }
     ran = case.status in ("held", "mismatch")
     cells = {
         "config": Text(case.name),
@@ -81,7 +85,8 @@ def _cells(case: Verdict) -> dict[str, Text]:
         "time": Text(words.duration(case.seconds) if case.seconds else words.NONE),
     }
     for column, value in errors.items():
-        beyond = ran and words.exceeds(value, case.tolerance)
+        told = column == "steps" and case.reported
+        beyond = ran and not told and words.exceeds(value, case.tolerance)
         cells[column] = Text(words.error(value) if ran else words.NONE, "bold red" if beyond else "")
     return cells
 

@@ -56,6 +56,7 @@ def case(
     data: Data = DATA,
     train: dict[str, Any] | None = None,
     dtype: str | None = None,
+    optimizer: str = "sgd_momentum",
     bucket_mb: float = 0.04,
 ) -> Case:
     """One small case of any mesh: axis -> degree, strategy, options. Buckets are small, so that there are several.
@@ -67,4 +68,4 @@ def case(
         sections = Mesh.model_validate(mesh | {"dp": {"bucket_mb": bucket_mb} | mesh["dp"]})
     train_ = TRAIN.model_copy(update=train or {})
     config = Config(name=name, engine=engine, mesh=sections, model=model, data=data, train=train_)
-    return Case(fixture(config, dtype or finest(config)))
+    return Case(fixture(config, dtype or finest(config), optimizer))

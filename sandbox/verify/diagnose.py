@@ -169,7 +169,8 @@ def _norm(found: Findings) -> str:
 def _step(found: Findings) -> str:
     if abs(found.rates[0] - 1) > 1e-12:
         return f"learning rate: it is {found.rates[0]:.4f} times the reference's at the first step."
-    wrong, all_ = found.wrong(found.parameters[1]), found.parameters[1]
+    all_ = found.parameters[1] if len(found.parameters) > 1 else ()  # AdamW's are not judged
+    wrong = found.wrong(all_)
     if not wrong:
         return ""
     if any(d.drift > found.tolerance for d in wrong):

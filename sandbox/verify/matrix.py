@@ -58,6 +58,8 @@ def _alone(engine: str, name: str) -> Iterator[Case]:
     for dtype in ("float32", "bfloat16"):
         if not library or finest(make(2, "").config) != dtype:
             yield from _first(partial(make, 2, dtype, dtype=dtype, **smooth))
+    if data and not library:
+        yield from _first(partial(make, 2, "adamw", optimizer="adamw"))
     for how in ("full",) if library else ("selective", "full"):
         yield from _first(partial(make, 2, f"recompute {how}", train={"recompute": how}))
     if not experts:
