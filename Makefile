@@ -44,7 +44,7 @@ engines: .venv/.installed  ## FairScale, Accelerate and DeepSpeed; five minutes
 	$(PYTEST) -m engines
 
 thorough: .venv/.installed  ## Corners of each strategy, plans and faults drawn at random; half an hour
-	$(PYTEST) -m "parity and thorough and not engines"
+	$(PYTEST) -m "parity and thorough and not engines" --draws 200
 
 cluster: .venv/.installed  ## Hosts emulated on this machine, and a cluster of containers; as root, five minutes
 	docker/install.sh

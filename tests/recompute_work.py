@@ -27,6 +27,11 @@ def peak(member: Member, config: Config) -> int:
     return most.kinds["other"]
 
 
+def peaks(member: Member, configs: list[Config]) -> list[int]:
+    """`peak` of each."""
+    return [peak(member, config) for config in configs]
+
+
 def kept(member: Member, config: Config) -> int:
     """Bytes that autograd keeps between forward and backward of one microbatch, parameters not counted."""
     trainer = world.trainer_of(member, config)

@@ -1,6 +1,7 @@
 """What backward computes again is the same to the bit, and saves and sends what is said."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from sandbox.plan import predict
 from sandbox.program import replace_parameters
 from sandbox.recompute import recompute
 from sandbox.runtime import launch
+from sandbox.schedules import make, peaks
 from sandbox.stages import WeightsLater
 
 UNIT, PARITY = pytest.mark.unit, pytest.mark.parity
@@ -193,6 +195,35 @@ def test_two_units_at_most_are_whole_while_one_is_computed_again(strategy: str) 
     assert max(map(len, seen["backward"])) == 2
     assert seen["between"] == ["blocks.2", "head"]
     assert seen["after backward"] == []
+
+
+def staged(schedule: str, microbatches: int, text: Path) -> Config:
+    """Microbatches of one row and one document, for a mask takes room; next to them the parameters are small."""
+    settings = config("none", {"pp": {"degree": 2, "schedule": schedule}}, layers=6, sequence=192)
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"files": (text,)})})
+    rows = {"batch": microbatches, "microbatches": microbatches}
+    return settings.model_copy(update={"train": settings.train.model_copy(update=rows)})
+
+
+@PARITY
+def test_bytes_of_activations_are_those_of_the_microbatches_that_are_live_by_the_schedule(tmp_path: Path) -> None:
+    """Of 8 microbatches on 2 ranks. By its table gpipe keeps all, 1f1b 2 and 1, zbv 2 of another half of the model.
+
+    With as many as are live at most, gpipe keeps as much. Beyond that each microbatch has its rows, and what is on its
+    way between stages: 10 %.
+    """
+    live = {name: peaks(make(name, 2, 8, 2 if name == "zbv" else 1)) for name in ("gpipe", "1f1b", "zbv")}
+    assert live == {"gpipe": [8, 8], "1f1b": [2, 1], "zbv": [2, 2]}
+    (text := tmp_path / "text").write_text("a long document. " * 20_000)
+    runs = [*(("gpipe", number) for number in (1, 2, 4, 8)), ("1f1b", 8), ("zbv", 8)]
+    found = launch(2, work.peaks, [staged(*run, text) for run in runs], timeout=world.TIMEOUT)
+    first, second = (dict(zip(runs, measured, strict=True)) for measured in found)
+    for rank, at in enumerate((first, second)):
+        assert at["gpipe", 8] == pytest.approx(3 * at["gpipe", 4] - 2 * at["gpipe", 2], rel=0.01), "a straight line"
+        assert at["gpipe", 8] > 4.5 * at["gpipe", 1]
+        assert at["1f1b", 8] == pytest.approx(at["gpipe", live["1f1b"][rank]], rel=0.1)
+    both = {run: first[run] + second[run] for run in runs}
+    assert both["zbv", 8] == pytest.approx(both["gpipe", live["zbv"][0]], rel=0.1)
 
 
 @PARITY

@@ -1,5 +1,6 @@
 """The judgement: what differs, by how much, and why, from hand-made findings; and what a verdict must not let pass."""
 
+import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -333,6 +334,14 @@ def test_verdicts_survive_being_written_and_read() -> None:
     )  # fmt: skip
     again = Verdicts.model_validate_json(Verdicts(cases=[verdict]).model_dump_json())
     assert again.cases == [verdict]
+    (written,) = json.loads(again.model_dump_json())["cases"]
+    worst = verdict.gradients[0]
+    assert written["worst"] == {
+        "tensor": worst.tensor, "error": worst.error, "ratio": worst.ratio, "cos": worst.cos, "drift": worst.drift,
+        "floored": worst.floored,
+    }  # fmt: skip
+    del written["worst"]
+    assert Verdict.model_validate(written) == verdict, "as it was written before there was a worst"
     assert not again.cases[0].held
 
 
