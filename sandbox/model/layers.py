@@ -23,15 +23,18 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-class Embedding(nn.Embedding):
-    """A row of the table for each token: [B, S] -> [B, S, D]."""
+class Unset(nn.Module):
+    """A layer without first values of its own: init.py gives them, by name. To draw them too was half of a build."""
 
     def reset_parameters(self) -> None:
-        """Uniform: on the meta device torch's normal draw imports torch._dynamo, which takes a second."""
-        nn.init.uniform_(self.weight, -0.05, 0.05)
+        """Leave parameters as they are."""
 
 
-class Linear(nn.Linear):
+class Embedding(Unset, nn.Embedding):
+    """A row of the table for each token: [B, S] -> [B, S, D]."""
+
+
+class Linear(Unset, nn.Linear):
     """`x W^T + b`: [..., I] -> [..., O]."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,7 +43,7 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(Unset, nn.RMSNorm):
     """Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,7 +52,7 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(Unset, nn.LayerNorm):
     """Ba et al., "Layer Normalization", 2016."""
 
     def forward(self, x: Tensor) -> Tensor:
