@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
-import torch
 from torch import Tensor
 
 __all__ = ["Layout", "local"]
@@ -60,16 +59,16 @@ class Layout:
 
     def take(self, full: Tensor) -> Tensor:
         """Cut this piece out of the logical tensor (a view where it can be one)."""
-        box = full[self._slices]
+        box = full[_slices(self.offset, self.size)]
         return box if self.span is None else box.reshape(-1)[slice(*self.span)]
 
     def put(self, full: Tensor, local: Tensor) -> None:
-        """Write this piece to its place in the logical tensor (contiguous)."""
-        if self.span is None:
-            full[self._slices] = local
-        else:
-            index = torch.arange(full.numel()).view(self.shape)[self._slices].reshape(-1)[slice(*self.span)]
-            full.view(-1)[index] = local
+        """Write this piece to its place in the logical tensor."""
+        flat, at = local.reshape(-1), 0
+        for offset, size in self.boxes():
+            end = at + math.prod(size)
+            full[_slices(offset, size)] = flat[at:end].view(size)
+            at = end
 
     def boxes(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
         """The piece as boxes of the logical tensor, (offset, size), that follow one another in the local tensor.
@@ -79,9 +78,9 @@ class Layout:
         for offset, size in _boxes(self.size, *(self.span or (0, math.prod(self.size)))):
             yield tuple(map(sum, zip(self.offset, offset, strict=True))), size
 
-    @property
-    def _slices(self) -> tuple[slice, ...]:
-        return tuple(slice(o, o + s) for o, s in zip(self.offset, self.size, strict=True))
+
+def _slices(offset: tuple[int, ...], size: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))
 
 
 def _boxes(size: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

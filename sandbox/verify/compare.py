@@ -27,20 +27,22 @@ class Whole:
 
 def assemble(ranks: Sequence[Pieces]) -> dict[str, Whole]:
     """Put the pieces of all ranks together, by logical name. An element that no rank holds becomes NaN."""
-    wholes: dict[str, Whole] = {}
-    names = dict.fromkeys(name for pieces in ranks for name in pieces)
-    for name in names:
-        pieces = [rank[name] for rank in ranks if name in rank]
-        value = torch.full(pieces[0].layout.shape, torch.nan, dtype=torch.float64)
-        least, most = value.clone(), value.clone()
-        for piece in pieces:
-            one = torch.full_like(value, torch.nan)
-            piece.layout.put(one, piece.local.double())
-            value = torch.where(value.isnan(), one, value)
-            least, most = torch.fmin(least, one), torch.fmax(most, one)
-        drift = (most - least).nan_to_num(0.0).max().item() if value.numel() else 0.0
-        wholes[name] = Whole(value, drift)
-    return wholes
+    shapes = {name: piece.layout.shape for pieces in ranks for name, piece in pieces.items()}
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    value = torch.full((sum(sizes),), torch.nan, dtype=torch.float64)  # all tensors end to end
+    least, most = value.clone(), value.clone()
+    for pieces in ranks:
+        one = torch.full_like(value, torch.nan)
+        for (name, shape), part in zip(shapes.items(), one.split(sizes), strict=True):
+            if name in pieces:
+                pieces[name].layout.put(part.view(shape), pieces[name].local)
+        value = torch.where(value.isnan(), one, value)
+        least, most = torch.fmin(least, one), torch.fmax(most, one)
+    drifts = (most - least).nan_to_num_(0.0).split(sizes)
+    return {
+        name: Whole(part.view(shape), drift.max().item() if drift.numel() else 0.0)
+        for (name, shape), part, drift in zip(shapes.items(), value.split(sizes), drifts, strict=True)
+    }
 
 
 def differences(
