@@ -23,7 +23,8 @@ def all_reduced_for_a_part(trainer: Trainer) -> None:
         total = all_reduce(flat.to(dtype), axis)
 
         def part() -> Tensor:
-            return total.wait().split(sizes)[axis.rank].clone()
+            parts: tuple[Tensor, ...] = total.wait().split(sizes)
+            return parts[axis.rank].clone()
 
         return at_once(axis, part)
 
@@ -47,7 +48,8 @@ def logits_gathered(trainer: Trainer) -> None:
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Tensor:
-            return grad.split(words, 1)[axis.rank]
+            parts: tuple[Tensor, ...] = grad.split(words, 1)
+            return parts[axis.rank]
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         whole: Tensor = Gathered.apply(logits.flatten(0, 1))  # type: ignore[no-untyped-call]
