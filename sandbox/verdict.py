@@ -4,9 +4,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 
-PLAIN = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+__all__ = ["PLAIN", "Amount", "Difference", "Span", "Verdict", "Verdicts"]
 
-__all__ = ["Amount", "Difference", "Span", "Verdict", "Verdicts"]
+PLAIN = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+"""Of records that are written as JSON: unknown keys are refused, and what is no number survives."""
 
 
 class Difference(BaseModel):

@@ -12,7 +12,7 @@ import sandbox.engines.torch
 from sandbox.config import Config
 from sandbox.data import Corpus
 from sandbox.engines.torch import fsdp, zero1
-from sandbox.errors import MeshError, UnsupportedError
+from sandbox.errors import ConfigError, UnsupportedError
 from sandbox.layout import local
 from sandbox.mesh import Mesh
 from sandbox.model import build
@@ -100,7 +100,7 @@ def test_rows_are_dealt_out_as_torch_chunks_them(rows: int, ranks: int) -> None:
 @unit
 def test_fsdp_with_nothing_to_cut_is_refused_before_it_runs() -> None:
     setup = config("fsdp", 2, replicas=2)
-    with pytest.raises(MeshError, match="Use strategy ddp"):
+    with pytest.raises(ConfigError, match=r"mesh\.dp\.replicas 2: .*, or mesh\.dp\.strategy: ddp"):
         predict(setup)
 
 
