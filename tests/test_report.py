@@ -394,7 +394,7 @@ class TestPage:
         bare = Verdict(
             name="bare", engine="native", strategy="ddp", mesh="dp 2", dtype="float64", world=2, status="held"
         )
-        assert "Nothing was verified" in page(tmp_path, Verdicts())
+        assert "How did it train, and over what?" in page(tmp_path, Verdicts())
         assert "All held" in page(tmp_path, Verdicts(cases=[bare]))
 
     def test_the_axis_is_monotone_and_bounded(self) -> None:
