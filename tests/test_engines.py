@@ -10,7 +10,7 @@ import pytest
 import world
 
 from sandbox.config import Config
-from sandbox.plan import engines, find, preload, required, strategies
+from sandbox.plan import engines, find, preload, required, strategies, unsupported
 from sandbox.runtime import launch, warm
 from sandbox.trainer import Trainer
 from sandbox.verify import Case
@@ -59,6 +59,14 @@ def test_what_is_imported_for_all_ranks_says_nothing(engine: str) -> None:
         env=environment, capture_output=True, text=True, timeout=110, check=True,
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("engine", engines())
+def test_an_engine_has_every_strategy_or_a_reason_why_not(engine: str) -> None:
+    every = {name for other in engines() for name in strategies(other)}
+    assert {*strategies(engine), *unsupported(engine)} == every
+    assert not {*strategies(engine)} & {*unsupported(engine)}
 
 
 def weighs_more(trainer: Trainer, scale: float) -> None:

@@ -27,7 +27,7 @@ def list_() -> None:
     console.print(table)
     for engine in engines():
         for name in (name for name in names if name not in strategies(engine)):
-            console.print(f"- {engine} {name}: {unsupported(engine).get(name, 'not written yet.')}", markup=False)
+            console.print(f"- {engine} {name}: {unsupported(engine)[name]}", markup=False)
     for engine in engines():
         console.print(f"{engine}: {version_of(engine)}", markup=False)
 
