@@ -255,15 +255,6 @@ def pipeline_clip(member: Member) -> float:
     return torch.cat([grad.flatten() for grad in grads]).norm().item()
 
 
-def auto_tensor(member: Member) -> str:
-    """What AutoTP says of a model that is not Hugging Face's."""
-    try:
-        deepspeed_engine(member, 0, torch.float32, tensor_parallel={"autotp_size": member.world})
-    except AssertionError as error:
-        return str(error)
-    return ""
-
-
 def pipeline_with_zero(member: Member, stage: int) -> str:
     """What DeepSpeed's pipeline says of a stage of ZeRO."""
     _engine.prepare()

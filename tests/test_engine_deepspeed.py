@@ -120,10 +120,6 @@ def test_a_gradient_that_the_pipelines_do_not_sum_is_found(forget: Callable[[Tra
     assert verdict.status == "mismatch"
 
 
-def test_auto_tensor_parallelism_has_no_policy_for_other_models_than_hugging_face_s() -> None:
-    assert all("Not able to determine model policy" in error for error in run(2, work.auto_tensor))
-
-
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_deepspeed_lacks_is_refused_with_a_reason(name: str) -> None:
     with pytest.raises(UnsupportedError, match=f"engine deepspeed cannot run {name}: .{{20}}"):

@@ -12,7 +12,6 @@ PRELOAD = (
 )
 
 UNSUPPORTED = {
-    "tensor": "AutoTP finds no policy for this model, only for Hugging Face's. Use engine native or fairscale.",
     "expert": "its MoE layer balances the load by means over one rank's microbatch, padding included, so that its loss "
     "depends on how rows are cut, and no unsharded run has the same. Use engine native.",
     "fsdp": "DeepSpeed cuts parameters in ranges, not by rows. Use strategy zero3.",
