@@ -2,15 +2,21 @@
 
 import dataclasses
 import functools
+import inspect
 import re
 from pathlib import Path
 
+import library_work as work
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sandbox.plan import preload, unsupported
+from sandbox.config import Config
+from sandbox.engines.deepspeed import _engine
+from sandbox.errors import UnsupportedError
+from sandbox.plan import find, plan, preload, unsupported
 from sandbox.runtime import Member, launch, warm
+from sandbox.verify.cases import MODEL, alone
 
 pytestmark = [pytest.mark.parity, pytest.mark.engines]
 run = functools.partial(launch, timeout=60)
@@ -64,3 +70,93 @@ def test_deepspeed_s_load_balance_depends_on_how_rows_are_cut() -> None:
     ((whole, halves),) = run(1, balance)
     assert abs(whole - halves) > 1e-3 * whole
     assert "expert" in unsupported("deepspeed")
+
+
+def pipelined(member: Member, dtype: torch.dtype) -> str:
+    """What DeepSpeed's pipeline says of a training in `dtype`, or nothing."""
+    _engine.prepare()
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    layers = [LayerSpec(nn.Linear, 3, 3, dtype=dtype)] * member.world
+    config = _engine.settings(Config(), {"stage": 0}) | {"steps_per_print": None}
+    config |= {"bf16": {"enabled": dtype == torch.bfloat16}, "train_micro_batch_size_per_gpu": 1}
+    try:
+        model = PipelineModule(layers, member.world, loss_fn=nn.functional.mse_loss, partition_method="uniform")
+        inner = torch.optim.SGD(model.parameters(), lr=1.0)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=inner, dist_init_required=False, config=config)
+        engine.train_batch(iter([(torch.ones(1, 3, dtype=dtype), torch.zeros(1, 3, dtype=dtype))] * 2))
+    except (AssertionError, NotImplementedError) as error:
+        return str(error)
+    return ""
+
+
+def test_deepspeed_s_pipeline_has_neither_float64_nor_bfloat16_with_accumulation_in_float32() -> None:
+    warm(*preload("deepspeed"))
+    assert run(2, pipelined, torch.float32) == ["", ""]
+    assert all("unsupported grad type: torch.float64" in error for error in run(2, pipelined, torch.float64))
+    assert all("unsupported mix" in error for error in run(2, pipelined, torch.bfloat16))
+    assert set(find("deepspeed", "pipeline").REFUSES) == {"float64", "bfloat16"}
+
+
+def test_deepspeed_cuts_parameters_in_ranges_and_not_by_rows() -> None:
+    warm(*preload("deepspeed"))
+    assert run(2, part_of_a_matrix) == [(8,), (8,)]  # of 5 rows of 3, padded
+    assert "fsdp" in unsupported("deepspeed")
+
+
+def part_of_a_matrix(member: Member) -> tuple[int, ...]:
+    _, layer, _ = work.deepspeed_engine(member, 3, torch.float32)
+    return tuple(layer.weight.ds_tensor.shape)
+
+
+def test_deepspeed_has_no_replicas_any_more() -> None:
+    """MiCS was ZeRO-3 within groups of ranks; what is left, hpZ, cuts the optimizer over all ranks."""
+    warm(*preload("deepspeed"))
+    assert all("MiCS ZeRO-3 sharding has been removed" in error for error in run(2, in_groups))
+    for name in ("zero1", "zero2", "zero3"):
+        with pytest.raises(UnsupportedError, match=r"mesh\.dp\.replicas: 1"):
+            plan(alone("deepspeed", name, 4, "", {"replicas": 2}).config)
+
+
+def in_groups(member: Member) -> str:
+    try:
+        work.deepspeed_engine(member, 3, torch.float32, zero_optimization={"stage": 3, "mics_shard_size": 1})
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def test_ulysses_cuts_heads_unevenly_only_over_groups_of_deepspeed_s_own() -> None:
+    """Given another group, every rank takes itself for the first, and the exchange never ends."""
+    warm(*preload("deepspeed"))
+    assert run(2, rank_in_ulysses) == [0, 0]
+    with pytest.raises(UnsupportedError, match="as Ulysses needs"):
+        plan(alone("deepspeed", "context", 2, "", model=MODEL.model_copy(update={"heads": 3, "kv_heads": 3})).config)
+
+
+def rank_in_ulysses(member: Member) -> int:
+    _engine.prepare()
+    from deepspeed.sequence import layer
+
+    assert "groups._get_sequence_parallel_rank()" in inspect.getsource(layer.uneven_heads_all2all)
+    return int(layer.groups._get_sequence_parallel_rank())
+
+
+def test_fairscale_s_layers_multiply_in_the_dtype_of_their_weights() -> None:
+    warm(*preload("fairscale"))
+    assert all("same dtype" in error for error in run(2, of_bfloat16))
+    assert set(find("fairscale", "tensor").REFUSES) == {"bfloat16"}
+
+
+def of_bfloat16(member: Member) -> str:
+    from fairscale.nn.model_parallel import initialize
+    from fairscale.nn.model_parallel.layers import ColumnParallelLinear
+
+    initialize.initialize_model_parallel(member.world)
+    try:
+        ColumnParallelLinear(4, 4, init_method=torch.zero_)(torch.ones(1, 4, dtype=torch.bfloat16))
+    except RuntimeError as error:
+        return str(error)
+    return ""

@@ -19,7 +19,8 @@ view that keeps all 25 MiB / n of the shared buffer alive.
 FSDP averages, so each rank's loss is scaled by n. What the optimizer updates are views of the flat ranges, one for each
 parameter, so that weight decay can spare vectors.
 
-FairScale asks for CUDA's streams. On CPU its module is given a `torch` whose streams do nothing, and nothing else. Its
+FairScale asks for CUDA's streams. On CPU its module is given a `torch` whose streams do nothing; in this process
+`Tensor.record_stream` does nothing either, and two of its modules do without collectives that only NCCL has. Its
 `clip_grad_norm_` moves the norm to a GPU, so the sandbox's stands in for it.
 
 Source: FairScale 0.4.13; Rajbhandari et al., "ZeRO", SC 2020, 5.3.

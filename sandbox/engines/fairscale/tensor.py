@@ -56,7 +56,10 @@ def check(config: Config, options: Options) -> None:
         if count % degree:
             raise UnsupportedError(f"mesh.tp.degree {degree} does not divide {name} {count}, as FairScale needs.")
     if config.mesh.world != degree:
-        raise UnsupportedError("mesh: FairScale's layers were tried with tp alone. Leave mesh.tp alone on the mesh.")
+        raise UnsupportedError(
+            "mesh: OSS, ShardedDDP and FSDP take gradients over in backward, before those of q_norm and k_norm, which "
+            "FairScale's layers leave to their user, are summed over tp. Leave mesh.tp alone on the mesh."
+        )
 
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
