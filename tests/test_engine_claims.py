@@ -3,10 +3,12 @@
 import functools
 from typing import Any
 
+import library_work as work
 import pytest
 import torch
 from torch import nn
 
+from sandbox.engines.accelerate._accelerator import make_accelerator
 from sandbox.engines.deepspeed import _engine
 from sandbox.engines.fairscale import fsdp, zero1
 from sandbox.model import build
@@ -72,3 +74,22 @@ def test_deepspeed_compiles_as_it_starts_unless_told_that_nothing_can_be() -> No
     warm(*preload("deepspeed"))
     assert run(2, built, {"deepspeed_shm_comm": True}) == [True, True]
     assert run(2, built, {}) == [False, False]
+
+
+def uncut(member: Member) -> float:
+    """The weight after a step under `tp_size`, of a model that is not cut but says so; rank r wants r + 1 of it."""
+    from accelerate import ParallelismConfig
+
+    accelerator = make_accelerator(multi_device=True, parallelism_config=ParallelismConfig(tp_size=member.world))
+    layer = work.linear()
+    layer.tp_size = member.world
+    model, optimizer = accelerator.prepare(layer, torch.optim.SGD(layer.parameters(), lr=1.0))
+    before = layer.weight.item()
+    accelerator.backward(model(torch.ones(1, 1)).sum() * (member.rank + 1))
+    optimizer.step()
+    return before - layer.weight.item()
+
+
+def test_accelerate_takes_a_model_s_word_for_how_it_is_cut() -> None:
+    warm(*preload("accelerate"))
+    assert run(2, uncut) == pytest.approx([1.0, 2.0])

@@ -16,6 +16,5 @@ UNSUPPORTED = {
     "context": "Accelerate's is torch's context_parallel, which has no rule for attention on CPU. Use engine native.",
     "expert": "Accelerate deals out no experts itself: it has no axis for them. Use engine native.",
     "pipeline": "Accelerate has pipelines for inference only. Use engine native.",
-    "tensor": "Accelerate cuts no tensors itself: it takes a model that transformers has cut. Use engine native.",
 }
 """Strategies of ours that Accelerate does not have, or not here, each with the reason."""
