@@ -225,7 +225,7 @@ def wrong() -> Iterator[tuple[dict[str, object], str]]:
     )
     yield (
         {"model": experts, "engine": "torch", "mesh": {"dp": {"degree": 2}, "ep": {"degree": 2}}},
-        "mesh.ep.strategy: 'expert' is not a strategy of engine torch.",
+        "engine torch cannot run expert: torch.distributed has no layer that deals experts out",
     )
 
 
