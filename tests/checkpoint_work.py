@@ -52,6 +52,8 @@ LIBRARIES: dict[str, dict[str, Any]] = {
     "fairscale fsdp x 2": {"engine": "fairscale", "dp": {"degree": 2, "strategy": "fsdp"}},
     "deepspeed zero3 x 3": {"engine": "deepspeed", "dp": {"degree": 3, "strategy": "zero3", "offload": True}},
     "fairscale zero2 x 3": {"engine": "fairscale", "dp": {"degree": 3, "strategy": "zero2"}},
+    "deepspeed tp 2": {"engine": "deepspeed", "tp": {"degree": 2}},
+    "accelerate tp 2": {"engine": "accelerate", "tp": {"degree": 2}},
 }
 
 

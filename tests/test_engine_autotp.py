@@ -13,6 +13,8 @@ from sandbox.engines.deepspeed import _engine
 from sandbox.errors import UnsupportedError
 from sandbox.plan import plan, preload
 from sandbox.runtime import Member, launch, warm
+from sandbox.trainer import Trainer
+from sandbox.verify import Case
 from sandbox.verify.cases import MODEL, alone
 
 pytestmark = [pytest.mark.parity, pytest.mark.engines]
@@ -108,6 +110,18 @@ def test_attention_is_cut_by_key_value_heads_that_need_not_divide() -> None:
     model = MODEL.model_copy(update={"heads": 6, "kv_heads": 3})
     verdict = world.verifier().verify(alone("deepspeed", "tensor", 2, "uneven heads", model=model))
     assert verdict.status == "held", verdict.cause
+
+
+def unsummed(trainer: Trainer) -> None:
+    """Norms of heads keep the gradient of the own heads."""
+    for name, param in trainer.program.parameters.items():
+        if "_norm." in name:
+            param._backward_hooks.clear()
+
+
+def test_a_norm_of_heads_that_is_not_summed_is_found() -> None:
+    verdict = world.verifier().verify(Case(alone("deepspeed", "tensor", 2, "").config, unsummed))
+    assert verdict.status == "mismatch"
 
 
 def test_no_rank_is_left_without_a_head() -> None:
