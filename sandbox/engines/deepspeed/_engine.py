@@ -54,7 +54,7 @@ def prepare() -> None:
     from sandbox.engines.deepspeed._quiet import deepspeed
 
     # Of its compiled operators none is used: to ask which are possible runs compilers on every rank, and the one for
-    # all-reduces over shared memory would be built on first use, for a minute, within the step
+    # all-reduces over shared memory would be built, for a minute, as its backend starts
     deepspeed.ops.__compatible_ops__ = {}
     warnings.filterwarnings("ignore", "`torch.distributed.", FutureWarning)  # deprecated, and used by DeepSpeed
 

@@ -45,7 +45,7 @@ from sandbox.stages import cut, keep, shared_weight, view
 
 AXIS = "pp"
 REFUSES = {
-    "float64": "the dtypes of what its stages pass on are float32 or less.",
+    "float64": "without ZeRO it reduces no gradients in float64: unsupported grad type.",
     "bfloat16": "without ZeRO it has no bfloat16 with gradients accumulated in float32.",
 }
 
