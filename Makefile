@@ -13,7 +13,7 @@ SHORT := --set train.steps=60
 RUNS := unsharded ddp zero1 zero2 zero3 fsdp
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint unit parity compositions engines thorough cluster bench picture pictures docker clean
+.PHONY: help demo test lint fast unit parity compositions engines pages recovery thorough cluster bench picture pictures docker clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +23,7 @@ demo: .venv/.installed  ## Train unsharded, DDP, ZeRO 1 to 3 and FSDP, verify ev
 	$(SANDBOX) verify configs/*.yaml --json runs/verdicts.json
 	$(SANDBOX) report $(RUNS:%=runs/%) runs/verdicts.json --reference runs/unsharded --out runs/report.html
 
-test: lint unit parity  ## Lint, types, import contracts, and every strategy of native and torch by itself
+test: lint fast  ## Lint, types, import contracts, and every strategy of native and torch by itself
 
 lint: .venv/.installed  ## ruff, mypy, import contracts
 	$(BIN)/ruff check
@@ -31,17 +31,29 @@ lint: .venv/.installed  ## ruff, mypy, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+SLOW := thorough or cluster or compositions or engines or pages or recovery
+
+# Of both tiers at once: to collect tests takes its time too.
+fast: .venv/.installed
+	$(PYTEST) -m "unit or not ($(SLOW))"
+
 unit: .venv/.installed  ## Tests of one process
 	$(PYTEST) -m unit
 
 parity: .venv/.installed  ## Tests of several processes, but for those below
-	$(PYTEST) -m "parity and not compositions and not engines and not thorough and not cluster"
+	$(PYTEST) -m "parity and not ($(SLOW))"
 
 compositions: .venv/.installed  ## Plans of two to five axes, on up to 32 ranks; five minutes
 	$(PYTEST) -m "compositions and not engines"
 
 engines: .venv/.installed  ## FairScale, Accelerate and DeepSpeed; five minutes
 	$(PYTEST) -m engines
+
+pages: .venv/.installed  ## Every command that the pages in docs show; three minutes
+	$(PYTEST) -m pages
+
+recovery: .venv/.installed  ## Ranks, disks and torchrun's agents that fail; two minutes
+	$(PYTEST) -m "parity and recovery and not (thorough or cluster)"
 
 thorough: .venv/.installed  ## Corners of each strategy, plans and faults drawn at random; half an hour
 	$(PYTEST) -m "parity and thorough and not engines" --draws 200

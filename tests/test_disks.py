@@ -16,7 +16,7 @@ from sandbox import run
 from sandbox.config import Config
 from sandbox.errors import CheckpointError, TrainingError, WorkerError
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.recovery]
 
 SPOILS = (work.flipped, work.cut_short, work.emptied)
 ONCE = [Blow(0, 0, "", "")]

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -33,6 +33,11 @@ def blocks() -> list[Block]:
 
 def sessions() -> list[Block]:
     return [block for block in blocks() if block.language == "console"]
+
+
+def marked(block: Block) -> Any:
+    marks = [] if block.page.name == "README.md" else [pytest.mark.pages]
+    return pytest.param(block, id=f"{block.page.name}-{block.line}", marks=marks)
 
 
 def runs(block: Block) -> list[tuple[str, str]]:
@@ -63,7 +68,7 @@ def place(tmp_path: Path, block: Block) -> Path:
 
 @pytest.mark.parity
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("block", sessions(), ids=lambda block: f"{block.page.name}-{block.line}")
+@pytest.mark.parametrize("block", [marked(block) for block in sessions()])
 def test_commands_do_what_is_shown(block: Block, place: Path) -> None:
     if block.text.startswith(SET_UP):
         pytest.skip("sets up, and runs this very test")

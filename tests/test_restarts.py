@@ -21,7 +21,7 @@ from sandbox.config import Config, load
 from sandbox.errors import CheckpointError, ConfigError, MeshError, TrainingError, WorkerError
 from sandbox.supervisor import Supervision, resized, smaller, supervise
 
-unit, parity = pytest.mark.unit, pytest.mark.parity
+unit, parity, pytestmark = pytest.mark.unit, pytest.mark.parity, pytest.mark.recovery
 
 
 def small(layout: str = "zero1 x 3", count: int = 6, **run_: Any) -> Config:

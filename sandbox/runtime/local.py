@@ -215,7 +215,7 @@ def _collect(ranks: _Ranks, timeout: float, on_message: Callable[[int, Any], Non
             end = max(heard, *(board.read().moved for board in ranks.boards)) + timeout
         if (patience := end - time.monotonic()) <= 0:
             break
-        for kind, rank, value in ranks.hear(patience):
+        for kind, rank, value in ranks.hear(min(patience, _LOOK)):
             heard = time.monotonic()
             if kind == "message":
                 on_message(rank, value)
