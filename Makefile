@@ -66,10 +66,10 @@ bench: .venv/.installed  ## Step time, bytes and memory against every library, e
 	failed=0; for name in step_time engines axes ring bubble trainer_overhead desync_overhead; do \
 		$(BIN)/python benchmarks/$$name.py || failed=1; done; exit $$failed
 
-picture: .venv/.installed  ## Draw docs/hero.png from `sandbox verify --all`
+picture: .venv/.installed  ## Draw docs/hero.png and write docs/engines.md from `sandbox verify --all`
 	mkdir -p runs
 	$(SANDBOX) verify --all --json runs/all.json
-	$(SANDBOX) report runs/all.json --out runs/all.html --picture docs/hero.png
+	$(SANDBOX) report runs/all.json --out runs/all.html --picture docs/hero.png --table docs/engines.md
 
 pictures: .venv/.installed  ## Draw docs/pictures from what the strategies say of themselves
 	$(BIN)/python docs/draw.py

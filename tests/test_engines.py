@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import world
@@ -93,3 +94,13 @@ def test_that_of_bfloat16_is_narrow_enough_for_a_rank_that_weighs_a_quarter_more
         Case(alone(engine, name, 2, "", dtype="bfloat16").config, functools.partial(weighs_more, scale=1.25))
     )
     assert verdict.status == "mismatch"
+
+
+@pytest.mark.unit
+def test_the_table_of_engines_has_every_strategy_of_every_engine() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "engines.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in page.splitlines() if line.startswith("| ")]
+    held = {(strategy.partition(" ")[0], engine) for strategy, engine, count in rows if " of " in count}
+    alone = {(name, engine) for engine in engines() for name in strategies(engine) if find(engine, name).AXIS != "ep"}
+    assert alone <= held, "run `make picture`"
+    assert all(count.split(" of ")[0] == count.split(" of ")[1] for _, _, count in rows if " of " in count)

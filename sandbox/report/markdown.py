@@ -12,16 +12,20 @@ HEAD = (
     "strategy", "engine", "held", "ranks", "dtype", "worst error", "allowed", "bytes / theory",
     "sent", "kept", "peak",
 )  # fmt: skip
+LEAD = """# Who computes what, how exactly, with which bytes and memory
+
+Written by `sandbox report FILE... --table`. *Worst error*: of any gradient or parameter, over all cases that held, and
+what was *allowed*. *Bytes / theory*: 1 where all of them sent what the strategy's formula says, to the byte. *Sent*: by a
+rank in a step; *kept*: its parameters, gradients and optimizer state after it; *peak*: the most within; all three of one
+case, on as near to four ranks as there is. Compositions of as many axes are one strategy.
+"""
+
 USUAL = 4
 """Ranks of the case whose bytes are shown, where there is one: the same for all, so that they can be compared."""
 
 
 def table(verdicts: Verdicts) -> str:
-    """A line for each strategy, engine and dtype; compositions of as many axes are one strategy.
-
-    `sent`: bytes that a rank sends in a step; `kept`: of parameters, gradients and optimizer after it; `peak`: the most
-    within. They are the largest rank's, of the first case that held on as near to four ranks as there is.
-    """
+    """A page with a line for each strategy, engine and dtype. Bytes are those of the largest rank."""
     lines = [HEAD, tuple("---" for _ in HEAD)]
     for group in groups(verdicts.cases):
         for dtype in dict.fromkeys(case.dtype for case in group.cases):
@@ -29,7 +33,7 @@ def table(verdicts: Verdicts) -> str:
             lines.append((group.strategy, group.engine, *_line(dtype, cases)))
     versions = ", ".join(f"{name} {version}" for name, version in verdicts.versions.items())
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{words.summary(verdicts)}. {versions}.\n\n{rows}\n"
+    return f"{LEAD}\n{words.summary(verdicts)}. {versions}.\n\n{rows}\n"
 
 
 def _line(dtype: str, cases: Sequence[Verdict]) -> Iterable[str]:
