@@ -15,9 +15,9 @@ HEAD = (
 LEAD = """# Who computes what, how exactly, with which bytes and memory
 
 Written by `sandbox report FILE... --table`. *Worst error*: of any gradient or parameter, over all cases that held, and
-what was *allowed*. *Bytes / theory*: 1 where all of them sent what the strategy's formula says, to the byte. *Sent*: by a
-rank in a step; *kept*: its parameters, gradients and optimizer state after it; *peak*: the most within; all three of one
-case, on as near to four ranks as there is. Compositions of as many axes are one strategy.
+what was *allowed*. *Bytes / theory*: 1 where all of them sent what the strategy's formula says, to the byte. *Sent*: by
+a rank in a step; *kept*: its parameters, gradients and optimizer state after it; *peak*: the most within; all three of
+one case, on as near to four ranks as there is. Compositions of as many axes are one strategy.
 """
 
 USUAL = 4
