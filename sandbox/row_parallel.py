@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sandbox.comm import Axis
+from sandbox.comm import Axis, ring_bytes
+from sandbox.config import Config
+from sandbox.partition import even
 from sandbox.regions import Border
 
-__all__ = ["add_once", "look_up_own", "sum_rows"]
+__all__ = ["add_once", "bytes_of_sums", "look_up_own", "sum_rows"]
 
 
 def sum_rows(linear: nn.Linear, border: Border) -> None:
@@ -44,3 +46,15 @@ def look_up_own(embed: nn.Embedding, words: range, dtype: torch.dtype, border: B
         return border.leave(rows.to(dtype).masked_fill(elsewhere[..., None], 0.0))
 
     embed.forward = forward  # type: ignore[method-assign, assignment]
+
+
+def bytes_of_sums(sums: int, item: int, axis: Axis, config: Config) -> float:
+    """Bytes that a rank sends in one step to sum hidden states [B, S, D], of `item` bytes each, `sums` times a pass.
+
+    With full recomputation o's sum is taken once more, and down's where dropout needs it.
+    """
+    model, train = config.model, config.train
+    if train.recompute == "full":
+        sums += model.layers * (2 if model.dropout else 1)
+    row = config.data.sequence * model.width * item
+    return sums * sum(ring_bytes(rows * row, axis.size) for rows in even(train.batch, train.microbatches))

@@ -122,19 +122,28 @@ def unknown_token(member: Member, config: Config, folder: Path, resume: run.Resu
     return run.train(member, config, folder, resume)
 
 
-def full_disk(member: Member, config: Config, folder: Path, resume: run.Resume, blow: Blow | None) -> float:
-    """The last rank has no room for the second checkpoint."""
+def in_the_second_save(strike: Callable[[], None]) -> None:
+    """Have `strike` called before this rank writes its second checkpoint."""
     write, saves = storage._Writer.write_data, 0
 
-    def full(*args: Any) -> Any:
+    def counted(*args: Any) -> Any:
         nonlocal saves
         saves += 1
         if saves == 2:
-            raise OSError(28, "No space left on device")
+            strike()
         return write(*args)
 
+    storage._Writer.write_data = counted  # type: ignore[method-assign]
+
+
+def full_disk(member: Member, config: Config, folder: Path, resume: run.Resume, blow: Blow | None) -> float:
+    """The last rank has no room for the second checkpoint."""
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
     if member.rank == member.world - 1:
-        storage._Writer.write_data = full  # type: ignore[method-assign]
+        in_the_second_save(full)
     return run.train(member, config, folder, resume)
 
 
@@ -205,17 +214,12 @@ def slow_disk_that_is_not_heard(member: Member, *args: Any) -> float:
 
 def stuck_disk(member: Member, config: Config, folder: Path, resume: run.Resume, blow: Blow | None) -> float:
     """In its second checkpoint the last rank never comes back from the disk."""
-    store, saves = storage._Writer.write_data, 0
 
-    def counted(*args: Any) -> Any:
-        nonlocal saves
-        saves += 1
-        if saves == 2:
-            Watched.write = lambda file, data: threading.Event().wait()  # type: ignore[method-assign]
-        return store(*args)
+    def stick() -> None:
+        Watched.write = lambda file, data: threading.Event().wait()  # type: ignore[method-assign]
 
     if blow and member.rank == member.world - 1:
-        storage._Writer.write_data = counted  # type: ignore[method-assign]
+        in_the_second_save(stick)
     return run.train(member, config, folder, resume)
 
 

@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from sandbox.comm import Axis, all_gather
 from sandbox.errors import ConfigError
 from sandbox.partition import even
 from sandbox.program import Program, replace_parameters
-from sandbox.regions import Border, share, share_weights, start_gather
+from sandbox.regions import Border, share_weights, start_gather
+from sandbox.row_parallel import look_up_own, sum_rows
 
 __all__ = ["KINDS", "cut_modules"]
 
@@ -53,7 +53,7 @@ KINDS: dict[str, tuple[type[nn.Module], int | None]] = {
 
 def cut_modules(program: Program, model: nn.Module, plan: Sequence[tuple[str, str]], axis: Axis) -> Program:
     """Return `program` with modules of `model` cut over `axis`. Raises ConfigError: the plan does not fit the model."""
-    borders, layout = (Border(axis, sequence=False), Border(axis, sequence=True)), dict(program.layout)
+    borders, layout = (_Border(axis, sequence=False), _Border(axis, sequence=True)), dict(program.layout)
     chosen = _chosen(model, plan)
     new: dict[str, nn.Parameter] = {}
     for path, (module, kind) in chosen.items():
@@ -99,31 +99,33 @@ def _run_cut(module: Any, kind: str, border: Border) -> None:
         out: Tensor = _Gather.apply(column(x), axis)  # type: ignore[no-untyped-call]
         return out
 
-    def leave(x: Tensor) -> Tensor:
-        border.columns[:] = even(x.shape[1], axis.size)  # for those that put them together again
-        return border.leave(x)
+    match kind.replace(", sequence", ""):
+        case "column":
+            module.forward = column
+        case "column, gathered":
+            module.forward = gathered
+        case "row":
+            sum_rows(module, border)
+            if border.sequence and module.bias is not None:  # which is added to a rank's own columns
+                share_weights(module, [(module, "bias")], axis)
+        case "words":
+            held = module.weight.shape[0]
+            look_up_own(module, range(axis.rank * held, (axis.rank + 1) * held), module.weight.dtype, border)
+        case "shared":
+            names = [name for name, _ in module.named_parameters()]
+            owners = [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+            share_weights(module, owners, axis)
+        case _:  # the whole sequence
+            module.register_forward_pre_hook(partial(_whole, border), with_kwargs=True)
 
-    def row(x: Tensor) -> Tensor:
-        out = leave(F.linear(x, module.weight))
-        if module.bias is None:
-            return out
-        return out + (share(axis, module.bias)[0] if border.sequence else module.bias)
 
-    def words(tokens: Tensor) -> Tensor:
-        first = axis.rank * module.weight.shape[0]
-        elsewhere = (tokens < first) | (tokens >= first + module.weight.shape[0])
-        rows = F.embedding((tokens - first).masked_fill(elsewhere, 0), module.weight)
-        return leave(rows.masked_fill(elsewhere[..., None], 0.0))
+class _Border(Border):
+    """A border that finds out by itself how many columns there are."""
 
-    if kind == "shared":
-        names = [name for name, _ in module.named_parameters()]
-        owners = [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
-        share_weights(module, owners, axis)
-    elif kind == "whole sequence":
-        module.register_forward_pre_hook(partial(_whole, border), with_kwargs=True)
-    else:
-        what = kind.replace(", sequence", "")
-        module.forward = {"column": column, "column, gathered": gathered, "row": row, "words": words}[what]
+    def leave(self, x: Tensor) -> Tensor:
+        """As `Border.leave`; the columns are noted for those that put them together again."""
+        self.columns[:] = even(x.shape[1], self.axis.size)
+        return super().leave(x)
 
 
 def _whole(border: Border, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

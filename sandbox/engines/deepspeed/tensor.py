@@ -33,6 +33,7 @@ from sandbox.mesh import Mesh
 from sandbox.partition import even
 from sandbox.predict import Prediction, bytes_of, state_copies
 from sandbox.program import Program, materialise, replace_parameters
+from sandbox.row_parallel import bytes_of_sums
 
 AXIS = "tp"
 REFUSES = ddp.REFUSES
@@ -126,15 +127,9 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
             norms += ring_bytes(bytes_of([param]), axis.size)
     sums = sum(name.endswith(".weight") and bool(cut_in(name)) for name, _ in model.named_parameters())
     replace_parameters(model, new)
-    if config.train.recompute == "full":  # o's sum once more, and down's where dropout needs it
-        sums += config.model.layers * (2 if config.model.dropout else 1)
-    item = next(model.parameters()).element_size()
-    hidden = sum(
-        ring_bytes(rows * config.data.sequence * config.model.width * item, axis.size)
-        for rows in even(config.train.batch, config.train.microbatches)
-    )
+    hidden = bytes_of_sums(sums, next(model.parameters()).element_size(), axis, config)
     held = bytes_of(model.parameters())
     return Prediction(
-        {f"all_reduce {axis.name}": sums * hidden + config.train.microbatches * norms},
+        {f"all_reduce {axis.name}": hidden + config.train.microbatches * norms},
         {"parameters": held, "gradients": 0, "optimizer": state_copies(config.train) * held},
     )

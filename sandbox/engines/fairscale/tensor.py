@@ -31,9 +31,9 @@ from sandbox.config import Config
 from sandbox.config import Options as Base
 from sandbox.errors import UnsupportedError
 from sandbox.mesh import Mesh
-from sandbox.partition import even
 from sandbox.predict import Prediction, bytes_of, state_copies
 from sandbox.program import Program, materialise, replace_parameters
+from sandbox.row_parallel import bytes_of_sums
 
 AXIS = "tp"
 REFUSES = {"bfloat16": "its layers multiply in the dtype of their weights, and those are float32."}
@@ -121,15 +121,9 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
     sums = sum(
         name.split(".")[-1] in (*COLUMNS, *ROWS) for name, module in model.named_modules() if list(module.parameters())
     )
-    if config.train.recompute == "full":  # o's sum once more, and down's where dropout needs it
-        sums += config.model.layers * (2 if config.model.dropout else 1)
-    item = next(model.parameters()).element_size()
-    hidden = sum(
-        ring_bytes(rows * config.data.sequence * config.model.width * item, axis.size)
-        for rows in even(config.train.batch, config.train.microbatches)
-    )
+    hidden = bytes_of_sums(sums, next(model.parameters()).element_size(), axis, config)
     held = bytes_of(model.parameters())
     return Prediction(
-        {f"all_reduce {axis.name}": sums * hidden + norms},
+        {f"all_reduce {axis.name}": hidden + norms},
         {"parameters": held, "gradients": held, "optimizer": state_copies(config.train) * held},
     )
