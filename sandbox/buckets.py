@@ -13,8 +13,6 @@ Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parall
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from sandbox.comm import Axis, Pending, all_reduce, reduce_scatter
 from sandbox.mesh import Mesh
 from sandbox.model import mixtures
-from sandbox.partition import Partition, Place
+from sandbox.partition import Partition
 from sandbox.program import Program
 
 __all__ = ["Bucket", "Over", "ScatterSum", "cut_buckets", "reduce_in_backward", "summed_over"]
@@ -42,8 +40,11 @@ class Bucket:
         self, params: Mapping[str, nn.Parameter], partition: Partition | None = None, dtype: torch.dtype | None = None
     ) -> None:
         self.params, self.dtype = dict(params), dtype
-        self._partition = partition
+        self._partition = partition or Partition(  # of one rank
+            {name: p.shape for name, p in params.items()}, [{name: (0, p.numel()) for name, p in params.items()}], False
+        )
         self._flat: Tensor | None = None
+        self._pieces: dict[str, list[Tensor]] = {}  # views of it
         self._filled: set[str] = set()
 
     @property
@@ -61,15 +62,12 @@ class Bucket:
         param = self.params[name]
         if param.grad is None:
             return
-        if self._flat is None:
-            self._flat = torch.empty(self.numel, dtype=self.dtype or param.dtype, device=param.device)
-        grad = param.grad.reshape(-1)
-        for at, start, stop in self._places[name]:
-            target = self._flat[at : at + stop - start]
-            if name in self._filled:
-                target.add_(grad[start:stop])
-            else:
-                target.copy_(grad[start:stop])
+        self._begin()
+        pieces = param.grad.reshape(-1).split(self._partition.lengths(name))
+        if name in self._filled:
+            torch._foreach_add_(self._pieces[name], pieces)
+        else:
+            torch._foreach_copy_(self._pieces[name], pieces)
         self._filled.add(name)
         param.grad = None
 
@@ -77,27 +75,24 @@ class Bucket:
         """Hand out the flat tensor [numel]. What has no gradient has gradient zero, not none."""
         for name in self.params.keys() - self._filled:
             self.collect(name)  # what earlier passes left in a parameter that the last one did not use
-        first = self.params[self.first]
-        flat, self._flat = self._flat, None
-        if flat is None:
-            flat = torch.empty(self.numel, dtype=self.dtype or first.dtype, device=first.device)
+        flat = self._begin()
         for name in self.params.keys() - self._filled:
-            for at, start, stop in self._places[name]:
-                flat[at : at + stop - start].zero_()
+            torch._foreach_zero_(self._pieces[name])
         self._filled.clear()
+        self._flat, self._pieces = None, {}
         return flat
+
+    def _begin(self) -> Tensor:
+        if self._flat is None:
+            first = self.params[self.first]
+            self._flat = torch.empty(self.numel, dtype=self.dtype or first.dtype, device=first.device)
+            self._pieces = self._partition.split(self._flat)
+        return self._flat
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Each parameter's part of `flat` [numel], in the parameter's shape and this bucket's order."""
         parts = flat.split([p.numel() for p in self.params.values()])
         return {name: part.view_as(p) for (name, p), part in zip(self.params.items(), parts, strict=True)}
-
-    @cached_property
-    def _places(self) -> Mapping[str, list[Place]]:
-        if self._partition:
-            return self._partition.places
-        ends = list(accumulate(p.numel() for p in self.params.values()))
-        return {n: [(end - p.numel(), 0, p.numel())] for (n, p), end in zip(self.params.items(), ends, strict=True)}
 
 
 def summed_over(model: nn.Module, mesh: Mesh, *axes: str) -> Over:

@@ -8,7 +8,6 @@ laid end to end. The parts in rank order are what reduce_scatter takes and all_g
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
@@ -16,11 +15,9 @@ from torch import Tensor, nn
 
 from sandbox.layout import Layout
 
-__all__ = ["Partition", "Place", "by_ranges", "by_rows", "even", "own"]
+__all__ = ["Partition", "by_ranges", "by_rows", "even", "own"]
 
 Span = tuple[int, int]
-Place = tuple[int, int, int]
-"""At this element of the flat tensor lie the elements [start, stop) of a flattened parameter."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +33,24 @@ class Partition:
         """Elements of each rank's part."""
         return [sum(stop - start for start, stop in spans.values()) for spans in self.spans]
 
-    @cached_property
-    def places(self) -> dict[str, list[Place]]:
-        """Where each parameter lies when all parts are laid end to end in rank order."""
-        places: dict[str, list[Place]] = {name: [] for name in self.shapes}
-        at = 0
+    def split(self, flat: Tensor) -> dict[str, list[Tensor]]:
+        """Each parameter's pieces by rank: views of `flat` [sum(sizes)], all parts laid end to end in rank order."""
+        pieces = iter(flat.split([stop - start for spans in self.spans for start, stop in spans.values()]))
+        split: dict[str, list[Tensor]] = {name: [] for name in self.shapes}
         for spans in self.spans:
-            for name, (start, stop) in spans.items():
-                if start < stop:
-                    places[name].append((at, start, stop))
-                    at += stop - start
-        return places
+            for name in spans:
+                split[name].append(next(pieces))
+        return split
 
-    def unflatten(self, flat: Tensor, tensors: Mapping[str, Tensor]) -> None:
-        """Copy all parts, laid end to end in rank order in `flat` [sum(sizes)], into whole tensors by name."""
-        for name, places in self.places.items():
-            for at, start, stop in places:
-                tensors[name].view(-1)[start:stop] = flat[at : at + stop - start]
+    def lengths(self, name: str) -> list[int]:
+        """Elements of a parameter that each rank holds; their pieces follow one another in it."""
+        return [stop - start for start, stop in (spans[name] for spans in self.spans)]
+
+    def unflatten(self, flat: Tensor, whole: Tensor) -> None:
+        """Copy all parts, in rank order in `flat` [sum(sizes)], into `whole`, the parameters flattened end to end."""
+        pieces = self.split(flat)
+        homes = whole.split([length for name in pieces for length in self.lengths(name)])
+        torch._foreach_copy_(homes, [piece for some in pieces.values() for piece in some])
 
     def pieces(self, part: Tensor, rank: int) -> dict[str, Tensor]:
         """Views of `part` [sizes[rank]], the part of `rank`, by parameter."""

@@ -106,8 +106,7 @@ class Shard:
             piece.copy_(local.reshape(-1)[start:stop].view_as(piece))
             self.pieces[name] = nn.Parameter(piece)
         self.whole = torch.empty(sum(self.sizes), dtype=compute, device=some.device)
-        self.views = Bucket(unit.params).views(self.whole)
-        params = {name: nn.Parameter(view) for name, view in self.views.items()}
+        params = {name: nn.Parameter(view) for name, view in Bucket(unit.params).views(self.whole).items()}
         self.bucket = Bucket(params, self.partition, dtype)
         for param in params.values():
             param.grad_dtype = dtype
@@ -136,7 +135,7 @@ class Shard:
             if self.partition.rows:
                 with torch.no_grad(), unchanged_version(self.whole):
                     self._grown()
-                    self.partition.unflatten(landed, self.views)
+                    self.partition.unflatten(landed, self.whole)
             self.is_whole = True
 
     def _grown(self) -> Tensor:
