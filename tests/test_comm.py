@@ -90,11 +90,11 @@ def test_results_repeat_to_the_bit(found: dict[int, list[dict[str, Tensor]]], si
 
 @pytest.mark.parity
 @WORLDS
-def test_gathers_and_reductions_may_be_started_in_different_order(size: int) -> None:
+def test_gathers_and_reductions_may_be_awaited_in_different_order(size: int) -> None:
     rounds = 3
     for rank, (gathers, scatters) in enumerate(launch(size, world.crossed, rounds, timeout=world.TIMEOUT)):
         for number in range(rounds):
-            parts = [torch.full((4,), 10.0 * number + other) for other in range(size)]
+            parts = [torch.full((world.crossed_size(number),), 10.0 * number + other) for other in range(size)]
             assert torch.equal(gathers[number], torch.cat(parts)), (rank, number)
             assert torch.equal(scatters[number], torch.stack(parts).sum(0)), (rank, number)
 

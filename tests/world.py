@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from sandbox import units
 from sandbox.batch import Batch
-from sandbox.comm import Axis, Pending, Recorder, all_gather, all_reduce, reduce_scatter
+from sandbox.comm import SMALL, Axis, Pending, Recorder, all_gather, all_reduce, reduce_scatter
 from sandbox.config import Config, Data, Model, Train
 from sandbox.config import Mesh as MeshConfig
 from sandbox.data import Corpus
@@ -141,25 +141,24 @@ def collectives(member: Member) -> dict[str, Tensor]:
     return results
 
 
+def crossed_size(number: int) -> int:
+    """Elements of a part in a round: what goes as one call, and what as messages."""
+    return SMALL if number % 2 else 4
+
+
 def crossed(member: Member, rounds: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Gathers and reductions under way at once, started and awaited in another order on odd ranks."""
-    axis, sizes = axis_of(member), [4] * member.world
+    """Gathers and reductions under way at once, little and much by turns, and awaited in another order on odd ranks."""
+    axis = axis_of(member)
     gathers: list[Pending] = []
     scatters: list[Pending] = []
 
-    def gather(number: int) -> None:
+    for number in range(rounds):
+        sizes = [crossed_size(number)] * member.world
         flat = torch.zeros(sum(sizes))
         flat.split(sizes)[member.rank].fill_(10 * number + member.rank)
         gathers.append(all_gather(flat, sizes, axis))
-
-    def scatter(number: int) -> None:
         flat = torch.full((sum(sizes),), 10.0 * number + member.rank)
         scatters.append(reduce_scatter(flat, sizes, axis, torch.float32))
-
-    jobs = [(kind, number) for number in range(rounds) for kind in (gather, scatter)]
-    odd = [(kind, number) for kind in (scatter, gather) for number in range(rounds)]
-    for kind, number in odd if member.rank % 2 else jobs:
-        kind(number)
     if member.rank % 2:
         first = [pending.wait() for pending in scatters]
         return [pending.wait() for pending in gathers], first
