@@ -73,7 +73,7 @@ class Verdict(BaseModel):
     seconds: float = 0.0
     traffic: dict[str, Amount] = {}  # "all_reduce dp": bytes sent by a rank in one step
     memory: dict[str, Amount] = {}  # "parameters", "gradients", "optimizer": bytes held by a rank after a step
-    peak: list[int] = []  # most bytes live at once during a step, by rank
+    peak: list[int] = []  # most bytes live at once during a step, by rank; empty if not measured
     losses: list[float] = []
     reference_losses: list[float] = []
     timeline: list[list[Span]] = []  # by rank, of one step

@@ -12,6 +12,8 @@ from sandbox.verify import Case, Verdict, matrix
 from sandbox.verify.compositions import AXES, Way, ways
 
 CASES = list(matrix())
+FIRST = {(case.config.engine, case.config.mesh.dp.strategy): case for case in reversed(CASES)}
+"""Of each strategy of the data axis, under each engine, its simplest case."""
 
 
 def name(case: Case) -> str:
@@ -59,9 +61,17 @@ def assert_bytes_are_as_predicted(case: Case, verdict: Verdict) -> None:
     # DeepSpeed's gradients are gone with the step, also under Accelerate
     gone = {"deepspeed": "", "accelerate": "zero"}.get(case.config.engine)
     assert sum(verdict.memory["gradients"].measured) > 0 or (gone is not None and verdict.strategy.startswith(gone))
+    assert not verdict.peak, "it was not asked for, and takes its time"
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", [marked(case) for case in FIRST.values()])
+def test_peaks_are_more_than_what_is_held_and_change_nothing(case: Case) -> None:
+    verdict = world.verifier(measure_peak=True).verify(case)
+    assert verdict.status == "held", verdict.cause
     held = [sum(amount.measured[rank] for amount in verdict.memory.values()) for rank in range(verdict.world)]
     assert len(verdict.peak) == verdict.world
-    assert all(peak >= least for peak, least in zip(verdict.peak, held, strict=True))
+    assert all(peak > least for peak, least in zip(verdict.peak, held, strict=True))
 
 
 @pytest.mark.unit

@@ -33,9 +33,9 @@ Prepare = Callable[[Trainer], Any]
 
 
 @functools.cache
-def verifier() -> Verifier:
+def verifier(*, measure_peak: bool = False) -> Verifier:
     """One for the whole session, so that each reference is run once."""
-    return Verifier(patient)
+    return Verifier(patient, measure_peak=measure_peak)
 
 
 def patient(world: int, work: Callable[..., Any], *args: Any, timeout: float) -> list[Any]:

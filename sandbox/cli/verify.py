@@ -60,7 +60,7 @@ def verify(
     else:
         given = None if dtype == "config" else dtype
         cases = [Case(fixture(config, finest(config) if dtype == "finest" else given)) for config in settings]
-    verdicts = _verify(cases, lambda verdicts: _show(verdicts, json_, report))
+    verdicts = _verify(cases, lambda verdicts: _show(verdicts, json_, report), measure_peak=bool(json_ or report))
     if not all(case.held for case in verdicts.cases):
         raise SystemExit(1)
 
@@ -87,7 +87,12 @@ def faults(
         raise SystemExit(1)
 
 
-def _verify(cases: "list[Case]", show: "Callable[[Verdicts], None]" = lambda verdicts: None) -> "Verdicts":
+def _verify(
+    cases: "list[Case]",
+    show: "Callable[[Verdicts], None]" = lambda verdicts: None,
+    *,
+    measure_peak: bool = False,
+) -> "Verdicts":
     """Verify cases under a progress bar and show what was found; or as one rank of torchrun, the first of which shows.
 
     It does so before any rank ends: torchrun kills them all when one ends with another code than 0.
@@ -107,8 +112,9 @@ def _verify(cases: "list[Case]", show: "Callable[[Verdicts], None]" = lambda ver
 
     if attached():
         world, timeout = cases[0].config.mesh.world, max(case.config.run.timeout for case in cases)
-        return gathered(attach(world, together, cases, timeout=timeout, on_message=lambda _, v: show(gathered(v))))
-    verifier, console = Verifier(), terminal(stderr=True)
+        work = together, cases, measure_peak
+        return gathered(attach(world, *work, timeout=timeout, on_message=lambda _, v: show(gathered(v))))
+    verifier, console = Verifier(measure_peak=measure_peak), terminal(stderr=True)
     held, quiet = verifier.verify_all(cases), not console.is_terminal
     verdicts = gathered(list(track(held, "verifying", len(cases), console=console, transient=True, disable=quiet)))
     show(verdicts)

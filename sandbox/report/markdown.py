@@ -52,4 +52,4 @@ def _line(dtype: str, cases: Sequence[Verdict]) -> Iterable[str]:
     for amounts in (shown.traffic, shown.memory):
         by_rank = [words.spread(amount.measured, shown.world) for amount in amounts.values()]
         yield words.size(max(map(sum, zip(*by_rank, strict=True)), default=0))
-    yield words.size(max(shown.peak, default=0))
+    yield words.size(max(shown.peak)) if shown.peak else ""

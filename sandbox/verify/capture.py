@@ -63,7 +63,11 @@ class Capture:
 
 
 def capture(
-    member: Member, config: Config, prepare: Callable[[Trainer], Any] | None = None, subject: Subject | None = None
+    member: Member,
+    config: Config,
+    prepare: Callable[[Trainer], Any] | None = None,
+    subject: Subject | None = None,
+    measure_peak: bool = False,
 ) -> Capture:
     """Train for `train.steps` steps and take everything down. `prepare` may tamper with the trainer first.
 
@@ -82,7 +86,7 @@ def capture(
     peak = Peak(trainer.program, trainer.optimizer)
     for step in range(config.train.steps):
         last = step == config.train.steps - 1
-        weigh = peak if step == config.train.steps - 2 else nullcontext()
+        weigh = peak if measure_peak and step == config.train.steps - 2 else nullcontext()
         recorder.sent.clear()
         batch = trainer.batch()
         taken.tokens.append(_digest(trainer.program.shard_batch(batch)))

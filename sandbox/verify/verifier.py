@@ -61,10 +61,13 @@ def fixture(config: Config, dtype: str | None = "float64", optimizer: str = "sgd
 
 
 class Verifier:
-    """Verifies cases. `world` runs the work of each rank of a world; the default launches ranks here."""
+    """Verifies cases. `world` runs the work of each rank of a world; the default launches ranks here.
 
-    def __init__(self, world: World | None = None) -> None:
-        self._world = world or launch
+    `measure_peak`: peak memory too, for which a step of the three takes half as long again.
+    """
+
+    def __init__(self, world: World | None = None, *, measure_peak: bool = False) -> None:
+        self._world, self._measure_peak = world or launch, measure_peak
         self.references = References(self._world)
 
     def verify_all(self, cases: Iterable[Case]) -> Iterator[Verdict]:
@@ -93,7 +96,7 @@ class Verifier:
             warm(*preload(config.engine))
             reference = self.references.of(config, case.subject)
             started = time.perf_counter()
-            work = config, case.prepare, case.subject
+            work = config, case.prepare, case.subject, self._measure_peak
             ranks = self._world(config.mesh.world, capture, *work, timeout=config.run.timeout)
             self._judge(verdict, case, reference, ranks)
         except UnsupportedError as error:
@@ -142,7 +145,7 @@ class Verifier:
         verdict.parameters, verdict.reported = (
             (list(parameters[-1]), []) if judged == config.train.steps else ([], list(parameters[-1]))
         )
-        verdict.peak = [rank.peak for rank in ranks]
+        verdict.peak = [rank.peak for rank in ranks] if self._measure_peak else []
         verdict.timeline = align([rank.spans for rank in ranks])
         good = (
             _largest([verdict.loss, verdict.norm]) <= found.tolerance
