@@ -20,7 +20,7 @@ from sandbox.errors import CheckpointError
 from sandbox.layout import Layout, local
 from sandbox.runtime import Member, launch
 from sandbox.trainer import Trainer
-from sandbox.verify.capture import Capture, Piece, Pieces
+from sandbox.verify.capture import Capture, Pieces
 from sandbox.verify.compare import assemble, differences
 
 Prepare = Callable[[Trainer], Any]
@@ -135,7 +135,8 @@ def leg(
 def pieces(trainer: Trainer, *, gradients: bool = False) -> Pieces:
     layout = trainer.program.layout
     tensors = {n: p.grad if gradients else p for n, p in trainer.program.parameters.items()}
-    return {n: Piece(layout[n], local(t.detach()).clone()) for n, t in tensors.items() if t is not None}
+    held = {n: t for n, t in tensors.items() if t is not None}
+    return Pieces.of({n: layout[n] for n in held}, held.values())
 
 
 def relay(layouts: list[str], folder: Path, tamper: Prepare | None = None, **train: Any) -> list[float]:
@@ -166,8 +167,10 @@ def error(ranks: list[tuple[float, float, Pieces, Pieces]], reference: Capture, 
     found = [abs(loss / reference.losses[step] - 1) for loss in losses]
     found += [abs(norm / reference.norms[step] - 1) for norm in norms]
     for pieces, expected in ((gradients, reference.gradients[step]), (parameters, reference.parameters[step + 1])):
-        wholes = {name: whole_.value for name, whole_ in assemble([expected]).items()}
-        found += [max(d.error, d.drift) for d in differences(assemble(pieces), wholes, {})]
+        (wanted,), (held,) = assemble([[expected]]), assemble([[one] for one in pieces])
+        found += [
+            max(d.error, d.drift) for d in differences(held, {name: one.value for name, one in wanted.items()}, {})
+        ]
     return max(found)
 
 

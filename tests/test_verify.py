@@ -43,7 +43,12 @@ def rows(full: Tensor, start: int, stop: int) -> Piece:
 
 
 def ranks(*pieces: Piece) -> list[Pieces]:
-    return [{"w": piece} for piece in pieces]
+    return [Pieces.of({"w": piece.layout}, [piece.local]) for piece in pieces]
+
+
+def together(pieces: list[Pieces]) -> dict[str, Whole]:
+    (step,) = assemble([[one] for one in pieces])
+    return step
 
 
 FULL = torch.arange(1.0, 13.0, dtype=torch.float64).view(4, 3)
@@ -51,7 +56,7 @@ FULL = torch.arange(1.0, 13.0, dtype=torch.float64).view(4, 3)
 
 @unit
 def test_pieces_are_put_together_by_their_layouts() -> None:
-    whole = assemble(ranks(rows(FULL, 2, 4), rows(FULL, 0, 2)))["w"]
+    whole = together(ranks(rows(FULL, 2, 4), rows(FULL, 0, 2)))["w"]
     assert torch.equal(whole.value, FULL)
     assert whole.drift == 0
 
@@ -59,7 +64,7 @@ def test_pieces_are_put_together_by_their_layouts() -> None:
 @unit
 def test_what_no_rank_holds_is_infinitely_wrong() -> None:
     for pieces in (ranks(rows(FULL, 0, 3)), ranks(rows(FULL, 0, 2), rows(FULL, 3, 4))):
-        (found,) = differences(assemble(pieces), {"w": FULL}, {})
+        (found,) = differences(together(pieces), {"w": FULL}, {})
         assert found.error == math.inf
 
 
@@ -74,7 +79,7 @@ def test_a_tensor_that_is_absent_or_too_many_is_infinitely_wrong() -> None:
 def test_what_is_not_a_number_is_infinitely_wrong(value: float) -> None:
     bad = FULL.clone()
     bad[1, 1] = value
-    (found,) = differences(assemble(ranks(rows(bad, 0, 4))), {"w": FULL}, {})
+    (found,) = differences(together(ranks(rows(bad, 0, 4))), {"w": FULL}, {})
     assert found.error == math.inf
 
 
@@ -82,7 +87,7 @@ def test_what_is_not_a_number_is_infinitely_wrong(value: float) -> None:
 def test_ranks_that_disagree_drift_even_if_the_first_is_right() -> None:
     other = FULL.clone()
     other[0, 0] += 0.12
-    whole = assemble(ranks(rows(FULL, 0, 4), rows(other, 0, 2)))
+    whole = together(ranks(rows(FULL, 0, 4), rows(other, 0, 2)))
     (found,) = differences(whole, {"w": FULL}, {})
     assert (found.error, found.drift) == (0, pytest.approx(0.01))
 
@@ -91,7 +96,7 @@ def test_ranks_that_disagree_drift_even_if_the_first_is_right() -> None:
 def test_errors_are_relative_to_the_largest_element() -> None:
     wrong = FULL.clone()
     wrong[0, 0] += 1.2
-    (found,) = differences(assemble(ranks(rows(wrong, 0, 4))), {"w": FULL}, {})
+    (found,) = differences(together(ranks(rows(wrong, 0, 4))), {"w": FULL}, {})
     assert found.error == pytest.approx(0.1)
     assert not found.floored
 

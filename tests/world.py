@@ -82,10 +82,10 @@ def worst(found: Sequence[Capture], reference: Capture) -> float:
     """The largest error or drift of any gradient or parameter at any step, of losses and of norms."""
     errors = []
     for kind in ("gradients", "parameters"):
-        for step, expected in enumerate(getattr(reference, kind)):
-            wholes = {name: whole.value for name, whole in assemble([expected]).items()}
-            here = differences(assemble([getattr(rank, kind)[step] for rank in found]), wholes, {})
-            errors += [max(d.error, d.drift) for d in here]
+        expected, here = (assemble([getattr(rank, kind) for rank in ranks_]) for ranks_ in ([reference], found))
+        for wanted, step in zip(expected, here, strict=True):
+            wholes = {name: whole.value for name, whole in wanted.items()}
+            errors += [max(d.error, d.drift) for d in differences(step, wholes, {})]
     for step, (loss, norm) in enumerate(zip(reference.losses, reference.norms, strict=True)):
         errors.append(abs(sum(rank.losses[step] for rank in found) / loss - 1))
         errors += [abs(rank.norms[step] / norm - 1) for rank in found]

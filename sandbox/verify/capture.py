@@ -1,9 +1,10 @@
 """What one rank did in three steps, taken down for comparison. Runs inside the rank; imports nothing of the verdict."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,34 @@ class Piece:
     local: Tensor
 
 
-Pieces = dict[str, Piece]
+@dataclass(frozen=True, eq=False)
+class Pieces(Mapping[str, Piece]):
+    """Pieces by name, end to end in one tensor `flat`: many small ones take ten times as long to send and compare."""
+
+    layouts: Mapping[str, Layout]
+    flat: Tensor
+
+    @classmethod
+    def of(cls, layouts: Mapping[str, Layout], tensors: Iterable[Tensor]) -> Self:
+        """A copy of `tensors`, on the CPU, in the order of `layouts`."""
+        flats = [local(tensor.detach()).reshape(-1) for tensor in tensors]
+        odd = [name for (name, layout), flat in zip(layouts.items(), flats, strict=True) if layout.numel != len(flat)]
+        assert not odd, f"these do not have the sizes that their layouts say: {', '.join(odd)}"
+        return cls(layouts, torch.cat(flats).cpu() if flats else torch.empty(0))
+
+    @cached_property
+    def _split(self) -> dict[str, Tensor]:
+        return dict(zip(self.layouts, self.flat.split([layout.numel for layout in self.layouts.values()]), strict=True))
+
+    def __getitem__(self, name: str) -> Piece:
+        layout = self.layouts[name]
+        return Piece(layout, self._split[name].view(layout.local_shape))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layouts)
+
+    def __len__(self) -> int:
+        return len(self.layouts)
 
 
 class Subject(Protocol):
@@ -82,7 +110,10 @@ def capture(
     trainer = Trainer(config, mesh, device, corpus, start)
     if prepare:
         prepare(trainer)
-    taken = Capture(place={axis: mesh.axis(axis).rank for axis in mesh.degrees}, parameters=[_pieces(trainer)])
+    parameters = trainer.program.parameters
+    layouts = {name: trainer.program.layout[name] for name in parameters}
+    taken = Capture(place={axis: mesh.axis(axis).rank for axis in mesh.degrees})
+    taken.parameters.append(Pieces.of(layouts, parameters.values()))
     peak = Peak(trainer.program, trainer.optimizer)
     for step in range(config.train.steps):
         last = step == config.train.steps - 1
@@ -97,11 +128,11 @@ def capture(
                 taken.spans = watch.enter_context(Timeline(trainer))
             with weigh:
                 taken.losses.append(trainer.compute_gradients(batch).item())
-            taken.gradients.append(_pieces(trainer, gradients=True))
+            taken.gradients.append(Pieces.of(layouts, [p.grad for p in parameters.values() if p.grad is not None]))
             with weigh:
                 taken.norms.append(trainer.update().item())
         taken.rates.append(trainer.optimizer.param_groups[0]["lr"])
-        taken.parameters.append(_pieces(trainer))
+        taken.parameters.append(Pieces.of(layouts, parameters.values()))
         taken.buffers.append(_buffers(trainer.program.model))
         if last:
             taken.traffic = {
@@ -112,23 +143,12 @@ def capture(
     return taken
 
 
-def _pieces(trainer: Trainer, *, gradients: bool = False) -> Pieces:
-    pieces = {}
-    for name, param in trainer.program.parameters.items():
-        tensor = param.grad if gradients else param
-        assert tensor is not None
-        pieces[name] = Piece(trainer.program.layout[name], local(tensor.detach()).clone().cpu())
-    return pieces
-
-
 def _buffers(model: nn.Module) -> Pieces:
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner  # out of a library's wrapper
-    return {
-        name: Piece(Layout.whole(tuple(buffer.shape)), buffer.detach().cpu().double().nan_to_num())  # a mask is inf
-        for name, buffer in model.named_buffers()
-        if buffer.numel() and not buffer.is_complex()
-    }
+    buffers = {name: b for name, b in model.named_buffers() if b.numel() and not b.is_complex()}
+    layouts = {name: Layout.whole(tuple(buffer.shape)) for name, buffer in buffers.items()}
+    return Pieces.of(layouts, [buffer.double().nan_to_num() for buffer in buffers.values()])  # a mask is inf
 
 
 def _digest(batch: Batch) -> list[tuple[int, int]]:

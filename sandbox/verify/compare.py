@@ -7,10 +7,12 @@ ranks that hold the same element must agree on it. (A gather by the strategy its
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from sandbox.layout import Layout
 from sandbox.verdict import Difference
 from sandbox.verify.capture import Pieces
 
@@ -25,24 +27,42 @@ class Whole:
     drift: float
 
 
-def assemble(ranks: Sequence[Pieces]) -> dict[str, Whole]:
-    """Put the pieces of all ranks together, by logical name. An element that no rank holds becomes NaN."""
-    shapes = {name: piece.layout.shape for pieces in ranks for name, piece in pieces.items()}
+def assemble(ranks: Sequence[Sequence[Pieces]]) -> list[dict[str, Whole]]:
+    """Put the pieces of all ranks together, step by step; `ranks` holds each rank's steps.
+
+    An element that no rank holds becomes NaN.
+    """
+    shapes = {name: layout.shape for steps in ranks for pieces in steps for name, layout in pieces.layouts.items()}
     sizes = [math.prod(shape) for shape in shapes.values()]
-    value = torch.full((sum(sizes),), torch.nan, dtype=torch.float64)  # all tensors end to end
-    least, most = value.clone(), value.clone()
-    for pieces in ranks:
-        one = torch.full_like(value, torch.nan)
-        for (name, shape), part in zip(shapes.items(), one.split(sizes), strict=True):
-            if name in pieces:
-                pieces[name].layout.put(part.view(shape), pieces[name].local)
-        value = torch.where(value.isnan(), one, value)
-        least, most = torch.fmin(least, one), torch.fmax(most, one)
-    drifts = (most - least).nan_to_num_(0.0).split(sizes)
-    return {
-        name: Whole(part.view(shape), drift.max().item() if drift.numel() else 0.0)
-        for (name, shape), part, drift in zip(shapes.items(), value.split(sizes), drifts, strict=True)
-    }
+    values = [torch.full((sum(sizes),), torch.nan, dtype=torch.float64) for _ in ranks[0]]  # all tensors end to end
+    leasts, mosts = ([value.clone() for value in values] for _ in range(2))
+    for steps in ranks:
+        layouts: Mapping[str, Layout] | None = None
+        for number, pieces in enumerate(steps):
+            if pieces.layouts is not layouts:
+                layouts, places = pieces.layouts, _places(pieces.layouts, shapes)
+            one = torch.full_like(values[number], torch.nan).index_put_((places,), pieces.flat.double())
+            values[number] = torch.where(values[number].isnan(), one, values[number])
+            leasts[number], mosts[number] = torch.fmin(leasts[number], one), torch.fmax(mosts[number], one)
+    wholes = []
+    for value, least, most in zip(values, leasts, mosts, strict=True):
+        parts = zip(shapes.items(), value.split(sizes), (most - least).nan_to_num_(0.0).split(sizes), strict=True)
+        wholes.append(
+            {
+                name: Whole(part.view(shape), drift.max().item() if len(drift) else 0.0)
+                for (name, shape), part, drift in parts
+            }
+        )
+    return wholes
+
+
+def _places(layouts: Mapping[str, Layout], shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
+    """Where the elements of a rank's pieces lie among those of all tensors, end to end."""
+    ends = dict(zip(shapes, accumulate(map(math.prod, shapes.values())), strict=True))
+    numbers = torch.arange(max(ends.values(), default=0))
+    wholes = {name: numbers[ends[name] - math.prod(layout.shape) : ends[name]] for name, layout in layouts.items()}
+    taken = [layout.take(wholes[name].view(layout.shape)).reshape(-1) for name, layout in layouts.items()]
+    return torch.cat(taken) if taken else numbers
 
 
 def differences(

@@ -132,7 +132,7 @@ def _reference(runs: Sequence[Capture], rows: list[RowLoss], dtype: str) -> Refe
 
 
 def _wholes(run: Capture, kind: str) -> list[dict[str, Tensor]]:
-    return [{name: whole.value for name, whole in assemble([step]).items()} for step in getattr(run, kind)]
+    return [{name: whole.value for name, whole in step.items()} for step in assemble([getattr(run, kind)])]
 
 
 def _larger(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:

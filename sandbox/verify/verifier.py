@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 from sandbox.config import Config
@@ -110,10 +111,12 @@ class Verifier:
         # AdamW divides by a gradient's size, and so makes a step of noise: nothing after its first is judged
         config, judged = case.config, (1 if case.config.train.optimizer == "adamw" else case.config.train.steps)
         steps = range(judged)
-        parameters = [
-            differences(assemble([r.parameters[s] for r in ranks]), reference.parameters[s], {})
-            for s in range(config.train.steps + 1)
-        ]
+
+        def compared(kind: str, floors: Iterable[Mapping[str, float]]) -> list[list[Difference]]:
+            found = assemble([getattr(rank, kind) for rank in ranks])
+            return [differences(*step) for step in zip(found, getattr(reference, kind), floors, strict=False)]
+
+        parameters = compared("parameters", repeat({}))
         losses = [sum(rank.losses[step] for rank in ranks if not rank.place["tp"]) for step in steps]
         expected = reference.run.losses[:judged]
         found = Findings(
@@ -122,12 +125,9 @@ class Verifier:
             losses=[abs(a - b) / max(abs(b), 1e-300) for a, b in zip(losses, expected, strict=True)],
             norms=[_furthest([_ratio(r.norms[s], reference.run.norms[s]) for r in ranks]) for s in steps],
             rates=[_furthest([r.rates[s] / reference.run.rates[s] for r in ranks]) for s in steps],
-            gradients=[
-                differences(assemble([r.gradients[s] for r in ranks]), reference.gradients[s], reference.floors[s])
-                for s in steps
-            ],
+            gradients=compared("gradients", reference.floors)[:judged],
             parameters=parameters if judged == config.train.steps else parameters[:1],
-            buffers=[differences(assemble([r.buffers[s] for r in ranks]), reference.buffers[s], {}) for s in steps],
+            buffers=compared("buffers", repeat({}))[:judged],
             rows=misdealt(ranks, reference.run),
             weights=misweighted(ranks, reference.rows, config),
             amounts="",
