@@ -46,10 +46,10 @@ parity: .venv/.installed  ## Tests of several processes, but for those below
 compositions: .venv/.installed  ## Plans of two to five axes, on up to 32 ranks; five minutes
 	$(PYTEST) -m "compositions and not engines"
 
-engines: .venv/.installed  ## FairScale, Accelerate and DeepSpeed; five minutes
+engines: .venv/.installed  ## FairScale, Accelerate and DeepSpeed, and models of Hugging Face; five minutes
 	$(PYTEST) -m engines
 
-pages: .venv/.installed  ## Every command that the pages in docs show; three minutes
+pages: .venv/.installed  ## Every command that the pages in docs show, and the long ones of the README; three minutes
 	$(PYTEST) -m pages
 
 recovery: .venv/.installed  ## Ranks, disks and torchrun's agents that fail; two minutes

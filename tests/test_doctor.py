@@ -152,6 +152,7 @@ def test_a_wrong_collective_is_named(sick: Callable[..., dict[str, str]], ranks:
 
 @linux
 @parity
+@pytest.mark.cluster
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="only root may change the host's name")
 def test_a_machine_whose_name_does_not_resolve_is_told_so_and_the_fix_is_one(tmp_path: Path, taken: int) -> None:
     doctor = f"{sys.executable} -m sandbox doctor --port {taken}"

@@ -510,6 +510,7 @@ def wire_ratios(ranks: int, *, pairs: bool) -> dict[str, float]:
 
 
 @parity
+@pytest.mark.cluster
 @pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("unshare") or not shutil.which("ip"),
     reason="a network namespace needs Linux, root, unshare and ip",

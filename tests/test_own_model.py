@@ -83,6 +83,7 @@ def test_where_a_library_cannot_it_says_why() -> None:
 
 
 @pytest.mark.parity
+@pytest.mark.engines
 @NEEDS_TRANSFORMERS
 @pytest.mark.parametrize(("engine", "plan"), PLANS)
 def test_hugging_faces_llama_keeps_its_gradients(engine: str, plan: str) -> None:
@@ -90,6 +91,7 @@ def test_hugging_faces_llama_keeps_its_gradients(engine: str, plan: str) -> None
 
 
 @pytest.mark.parity
+@pytest.mark.engines
 @NEEDS_TRANSFORMERS
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
@@ -101,6 +103,7 @@ def test_hugging_faces_llama_keeps_its_gradients_under_tensor_parallelism(plan: 
 
 
 @pytest.mark.parity
+@pytest.mark.engines
 @NEEDS_TRANSFORMERS
 @pytest.mark.parametrize(
     "plan", [{"tp": {"degree": 2}}, {"tp": {"degree": 2}, "dp": {"degree": 2, "strategy": "fsdp"}}]
