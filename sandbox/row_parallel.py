@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from sandbox.comm import Axis, ring_bytes
 from sandbox.config import Config
+from sandbox.mesh import Mesh
 from sandbox.partition import even
 from sandbox.regions import Border
 
@@ -48,13 +49,14 @@ def look_up_own(embed: nn.Embedding, words: range, dtype: torch.dtype, border: B
     embed.forward = forward  # type: ignore[method-assign, assignment]
 
 
-def bytes_of_sums(sums: int, item: int, axis: Axis, config: Config) -> float:
-    """Bytes that a rank sends in one step to sum hidden states [B, S, D], of `item` bytes each, `sums` times a pass.
+def bytes_of_sums(sums: int, item: int, mesh: Mesh, config: Config) -> float:
+    """Bytes that a rank sends over tp in one step to sum hidden states [B, S, D], of `item` bytes each number.
 
-    With full recomputation o's sum is taken once more, and down's where dropout needs it.
+    `sums`: how often in a pass. With full recomputation o's sum is taken once more, and down's where dropout needs it.
     """
     model, train = config.model, config.train
     if train.recompute == "full":
         sums += model.layers * (2 if model.dropout else 1)
-    row = config.data.sequence * model.width * item
-    return sums * sum(ring_bytes(rows * row, axis.size) for rows in even(train.batch, train.microbatches))
+    own = even(train.batch, mesh.data.size)[mesh.data.rank]
+    row = config.data.sequence // mesh.axis("cp").size * model.width * item
+    return sums * sum(ring_bytes(rows * row, mesh.axis("tp").size) for rows in even(own, train.microbatches))

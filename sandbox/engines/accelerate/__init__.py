@@ -10,6 +10,7 @@ PRELOAD = (
     "deepspeed.runtime.zero.muon.original_muon",
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.stage_1_and_2",
+    "transformers.integrations.tensor_parallel",
 )
 
 UNSUPPORTED = {

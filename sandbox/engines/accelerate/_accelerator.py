@@ -2,7 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,9 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sandbox.batch import Batch
+from sandbox.mesh import Mesh
 from sandbox.program import ForwardBackward, Program
 
-__all__ = ["accumulate", "clip_with", "forget_launcher", "make_accelerator", "with_hooks"]
+__all__ = [
+    "accumulate", "asked_of_transformers", "clip_with", "forget_launcher", "make_accelerator", "parallelism",
+    "with_hooks",
+]  # fmt: skip
 
 
 def forget_launcher() -> None:
@@ -46,18 +51,40 @@ def make_accelerator(*, multi_device: bool = False, **settings: Any) -> Any:
     return Accelerator(cpu=cpu and not multi_device, **settings)
 
 
-def accumulate(accelerator: Any, program: Program, ranks: int) -> ForwardBackward:
+def parallelism(mesh: Mesh) -> Any:
+    """Accelerate's ParallelismConfig of `mesh`, over its process groups.
+
+    Made by Accelerate they would be others of the same ranks, and FSDP cuts again only what DTensors of its own mesh
+    have cut.
+    """
+    from accelerate import ParallelismConfig
+
+    sizes = {f"{name}_size": mesh.axis(name).size for name in ("dp_replicate", "dp_shard", "tp")}
+    config = ParallelismConfig(**sizes)
+    assert mesh.device_mesh is not None
+    joint = {"dp": config.dp_dim_names, "dp_shard_cp": config.dp_shard_cp_dim_names, "dp_cp": config.dp_cp_dim_names}
+    if config.dp_shard_enabled and config.tp_enabled:
+        joint["dp_shard_tp"] = ["dp_shard", "tp"]  # not of `build_device_mesh`: torch else sums norms twice, and warns
+    for name, names in joint.items():
+        if names:
+            mesh.device_mesh[tuple(names)]._flatten(name)
+    config.device_mesh = mesh.device_mesh
+    return config
+
+
+def accumulate(accelerator: Any, program: Program, mesh: Mesh) -> ForwardBackward:
     """Microbatches under `accelerator.accumulate`, whose last pass synchronises gradients.
 
-    `accelerator.backward` divides by the number of microbatches, and what it synchronises is averaged over `ranks`.
+    `accelerator.backward` divides by the number of microbatches, and what it synchronises is averaged over data ranks.
     The loss is already a share of the global sum, so it is scaled by both.
     """
+    ranks, cut = mesh.data.size, mesh.axis("tp").size > 1
 
     def forward_backward(finished: Program, microbatches: list[Batch], valid: float) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=microbatches[0].tokens.device)
         for number, batch in enumerate(microbatches, 1):
             program.begin(number == len(microbatches))
-            with accelerator.accumulate(finished.model):
+            with accelerator.accumulate(finished.model), words_apart() if cut else nullcontext():
                 loss = finished.loss(finished.model(batch), batch.targets) / valid
                 accelerator.backward(loss * ranks * len(microbatches))
             finished.reduce_grads()
@@ -65,6 +92,29 @@ def accumulate(accelerator: Any, program: Program, ranks: int) -> ForwardBackwar
         return total
 
     return forward_backward
+
+
+@contextmanager
+def asked_of_transformers() -> Iterator[None]:
+    """While `prepare` runs, transformers has the name that Accelerate asks it for before FSDP over tp.
+
+    transformers 5 has it no more. It is what replicates parameters that are no DTensors, and here there are none.
+    """
+    from transformers.integrations import tensor_parallel
+
+    added = not hasattr(tensor_parallel, "ReplicateParallel")
+    if added:
+        tensor_parallel.ReplicateParallel = None
+    yield
+    if added:
+        del tensor_parallel.ReplicateParallel
+
+
+def words_apart() -> Any:
+    """Where a loss, and backward, take logits that are cut over tp by words."""
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    return loss_parallel()
 
 
 def with_hooks(optimizer: Any) -> Any:

@@ -52,7 +52,6 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
     forget_launcher()
-    ranks = mesh.axis("dp_replicate", "dp_shard").size
     microbatches = program.config.train.microbatches
     accelerator = make_accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -68,7 +67,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
         model=model,
         parameters=parameters,
         shard_batch=shard_rows(program, mesh),
-        forward_backward=accumulate(accelerator, program, ranks),
+        forward_backward=accumulate(accelerator, program, mesh),
         make_optimizer=lambda finished: with_hooks(optimizer),
         clip=lambda finished, most: clip_with(accelerator, parameters, most),
     )

@@ -22,6 +22,7 @@ run). The wrapping differs from engine torch's in the last norm, found by its ty
 Source: Accelerate 1.15; Zhao et al., "PyTorch FSDP", VLDB 2023, and its FSDP2.
 """
 
+import warnings
 from dataclasses import replace
 
 from pydantic import Field
@@ -32,9 +33,11 @@ from sandbox.config import Config
 from sandbox.config import Options as Base
 from sandbox.engines.accelerate._accelerator import (
     accumulate,
+    asked_of_transformers,
     clip_with,
     forget_launcher,
     make_accelerator,
+    parallelism,
     with_hooks,
 )
 from sandbox.engines.torch import _dtensors, fsdp
@@ -57,11 +60,12 @@ check = fsdp.check
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` with model and optimizer prepared by Accelerate."""
-    from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
+    from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.tensor import Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     forget_launcher()
-    axis, replicas = mesh.axis("dp_shard"), mesh.axis("dp_replicate").size
+    axis = mesh.axis("dp_shard")
     blocks = {type(block).__name__ for block in program.model.get_submodule("blocks").children()}
     accelerator = make_accelerator(
         multi_device=True,
@@ -73,22 +77,24 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
             reshard_after_forward=options.reshard_after_forward,
             cpu_ram_efficient_loading=False,
         ),
-        parallelism_config=ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=axis.size),
+        parallelism_config=parallelism(mesh),
     )
     whole = replace(program, parameters=materialise(program))
     plain = program.config.train.optimizer != "adamw"  # for DTensors torch has no fused SGD
-    model, optimizer = accelerator.prepare(program.model, make_optimizer(whole, fused=not plain))
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # of a view: nothing is written to in place
+    with asked_of_transformers():
+        model, optimizer = accelerator.prepare(program.model, make_optimizer(whole, fused=not plain))
     parameters, layout = dict(model.named_parameters()), dict[str, Layout]()
-    for name, param in parameters.items():
-        size, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-        layout[name] = program.layout[name].cut(0, offset[0], offset[0] + size[0], axis.names)
+    for name, box in program.layout.items():
+        size, offset = compute_local_shape_and_global_offset(box.size, mesh.submesh("dp_shard"), (Shard(0),))
+        layout[name] = box.cut(0, offset[0], offset[0] + size[0], axis.names)
     return replace(
         program,
         model=model,
         parameters=parameters,
         layout=layout,
         shard_batch=shard_rows(program, mesh),
-        forward_backward=accumulate(accelerator, program, mesh.data.size),
+        forward_backward=accumulate(accelerator, program, mesh),
         make_optimizer=lambda finished: with_hooks(optimizer),
         clip=lambda finished, most: clip_with(accelerator, parameters, most),
     )

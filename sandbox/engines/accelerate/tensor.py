@@ -16,11 +16,17 @@ Source: Accelerate 1.15; Shoeybi et al., "Megatron-LM", 2019.
 
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
-from sandbox.batch import Batch
 from sandbox.config import Config
-from sandbox.engines.accelerate._accelerator import accumulate, clip_with, make_accelerator, with_hooks
+from sandbox.engines.accelerate._accelerator import (
+    accumulate,
+    clip_with,
+    forget_launcher,
+    make_accelerator,
+    parallelism,
+    with_hooks,
+)
 from sandbox.engines.torch import tensor
 from sandbox.errors import UnsupportedError
 from sandbox.mesh import Mesh
@@ -28,6 +34,12 @@ from sandbox.predict import Prediction
 from sandbox.program import Program
 
 AXIS = "tp"
+
+REASONS = {
+    "ddp": "its ParallelismConfig has tensor parallelism with FSDP only, and not with DDP.",
+    "zero1": "X", "zero2": "X", "zero3": "X",
+}
+"""Data strategies that it does not have over tp, each with the reason."""
 
 
 class Options(tensor.Options):
@@ -37,36 +49,31 @@ class Options(tensor.Options):
 def check(config: Config, options: Options) -> None:
     """Raises ConfigError: what torch's DTensors cannot be cut into. UnsupportedError: another axis."""
     tensor.check(config, options)
-    if config.mesh.world != config.mesh.tp.degree:
+    dp = config.mesh.dp
+    if dp.degree > 1 and dp.strategy in REASONS:
         raise UnsupportedError(
-            "mesh: Accelerate prepares a model once, for all axes, and here each strategy prepares it for its own. "
-            "Leave mesh.tp alone on the mesh."
+            f"mesh.dp.strategy: under engine accelerate, {dp.strategy} beside mesh.tp: {REASONS[dp.strategy]} "
+            "Set mesh.dp.strategy: fsdp."
         )
 
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
-    """Return `program` cut over tp by torch, with model and optimizer prepared by Accelerate."""
-    from accelerate import ParallelismConfig
-    from torch.distributed.tensor.parallel import loss_parallel
-
+    """Return `program` cut over tp by torch, with model and optimizer prepared by Accelerate: here, or by fsdp."""
+    forget_launcher()
     cut = tensor.apply(program, mesh, options)
+    cut.model.tp_size = mesh.axis(AXIS).size  # type: ignore[assignment] # where Accelerate looks for it
+    if mesh.data.size > 1:  # then `prepare` needs to be told of both axes at once
+        return cut
     accelerator = make_accelerator(
         multi_device=True,
         gradient_accumulation_steps=program.config.train.microbatches,
-        parallelism_config=ParallelismConfig(tp_size=mesh.axis(AXIS).size),
+        parallelism_config=parallelism(mesh),
     )
-    cut.model.tp_size = mesh.axis(AXIS).size  # type: ignore[assignment] # where Accelerate looks for it
     model, optimizer = accelerator.prepare(cut.model, cut.make_optimizer(cut))
-    run = accumulate(accelerator, cut, ranks=1)
-
-    def forward_backward(finished: Program, microbatches: list[Batch], valid: float) -> Tensor:
-        with loss_parallel():  # backward too
-            return run(finished, microbatches, valid)
-
     return replace(
         cut,
         model=model,
-        forward_backward=forward_backward,
+        forward_backward=accumulate(accelerator, cut, mesh),
         make_optimizer=lambda finished: with_hooks(optimizer),
         clip=lambda finished, most: clip_with(accelerator, cut.parameters, most),
     )
@@ -74,4 +81,6 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
 
 def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
     """Bytes sent in one step and held after it, by this rank: those of torch's."""
-    return tensor.predict(model, mesh, options, config)
+    dp = config.mesh.dp.model_copy(update={"strategy": "ddp"})  # whose sums are made as here: once a step, uncast
+    as_under_ddp = config.mesh.model_copy(update={"dp": dp})
+    return tensor.predict(model, mesh, options, config.model_copy(update={"mesh": as_under_ddp}))

@@ -22,10 +22,10 @@ from torch import nn
 from sandbox.comm import ring_bytes
 from sandbox.config import Config
 from sandbox.config import Options as Base
-from sandbox.engines.deepspeed import _engine
+from sandbox.engines.deepspeed import _autotp, _engine
 from sandbox.mesh import Mesh
 from sandbox.predict import Prediction, bytes_of, state_copies
-from sandbox.program import Program, materialise, shard_rows
+from sandbox.program import Program, shard_rows
 
 AXIS = "dp"
 REFUSES = _engine.REFUSES | {"bfloat16": "it has no stage 0 in bfloat16 with gradients accumulated in float32."}
@@ -39,10 +39,8 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` run by a DeepSpeed engine of stage 0, or by that of the pipeline, with its rows cut over dp."""
     if mesh.axis("pp").size > 1:
         return replace(program, shard_batch=shard_rows(program, mesh))
-    whole = replace(program, parameters=materialise(program))
-    inner = program.make_optimizer(whole)
-    engine = _engine.initialize(program, inner, {"stage": 0})
-    driven = _engine.drive(whole, engine, inner, mesh, lambda: None)
+    held, engine, inner = _autotp.start(program, mesh, {"stage": 0})
+    driven = _engine.drive(held, engine, inner, mesh, lambda: None)
     return replace(driven, clip=lambda finished, most: program.clip(finished, None))  # the engine tells no norm
 
 

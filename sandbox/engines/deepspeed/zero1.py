@@ -31,11 +31,11 @@ from sandbox.batch import Batch
 from sandbox.comm import Axis, ring_bytes
 from sandbox.config import Config
 from sandbox.config import Options as Base
-from sandbox.engines.deepspeed import _engine
+from sandbox.engines.deepspeed import _autotp, _engine
 from sandbox.errors import UnsupportedError
 from sandbox.mesh import Mesh
 from sandbox.predict import Prediction, state_copies
-from sandbox.program import Program, materialise, shard_rows
+from sandbox.program import Program, shard_rows
 
 AXIS = "dp"
 REFUSES = _engine.REFUSES
@@ -84,9 +84,8 @@ def beside_pipeline(program: Program, mesh: Mesh) -> Program:
 
 def apply_stage(stage: int, program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` run by a DeepSpeed engine whose optimizer works on ranges of the flattened parameters."""
-    inner = program.make_optimizer(replace(program, parameters=materialise(program)))
-    engine = _engine.initialize(program, inner, section(stage, options))
-    placed, collect = place(program, mesh.axis("dp_shard", "cp"))
+    held, engine, inner = _autotp.start(program, mesh, section(stage, options))
+    placed, collect = place(held, mesh.axis("dp_shard", "cp"))
     return _engine.drive(placed, engine, inner, mesh, collect)
 
 

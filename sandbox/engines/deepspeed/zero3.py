@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from sandbox.comm import Axis
 from sandbox.config import Config
 from sandbox.config import Options as Base
-from sandbox.engines.deepspeed import _engine, zero1
+from sandbox.engines.deepspeed import _autotp, _engine, zero1
 from sandbox.mesh import Mesh
 from sandbox.model import Attention, Block
 from sandbox.predict import Prediction, state_copies
-from sandbox.program import Program, materialise
+from sandbox.program import Program
 
 AXIS = "dp"
 REFUSES = _engine.REFUSES
@@ -50,9 +50,8 @@ class Options(Base):
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` run by a DeepSpeed engine of stage 3."""
-    inner = program.make_optimizer(replace(program, parameters=materialise(program)))
-    engine = _engine.initialize(program, inner, section(options))
-    placed, collect = place(program, mesh.axis("dp_shard", "cp"))
+    held, engine, inner = _autotp.start(program, mesh, section(options))
+    placed, collect = place(held, mesh.axis("dp_shard", "cp"))
     return _engine.drive(placed, engine, inner, mesh, collect)
 
 

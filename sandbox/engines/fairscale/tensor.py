@@ -121,7 +121,7 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
     sums = sum(
         name.split(".")[-1] in (*COLUMNS, *ROWS) for name, module in model.named_modules() if list(module.parameters())
     )
-    hidden = bytes_of_sums(sums, next(model.parameters()).element_size(), axis, config)
+    hidden = bytes_of_sums(sums, next(model.parameters()).element_size(), mesh, config)
     held = bytes_of(model.parameters())
     return Prediction(
         {f"all_reduce {axis.name}": hidden + norms},
