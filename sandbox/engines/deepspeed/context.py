@@ -19,6 +19,7 @@ Source: DeepSpeed 0.19.8; Jacobs et al., "DeepSpeed Ulysses", 2023.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -46,21 +47,18 @@ class Options(Base):
 def check(config: Config, options: Options) -> None:
     """Raises UnsupportedError: something that the degree does not divide."""
     degree, model = config.mesh.cp.degree, config.model
-    for name, count in (
-        ("data.sequence", config.data.sequence),
-        ("model.heads", model.heads),
-        ("model.kv_heads", model.groups),
-    ):
-        if count % degree:
-            raise UnsupportedError(f"mesh.cp.degree {degree} does not divide {name} {count}, as Ulysses needs.")
+    if config.data.sequence % degree:
+        raise UnsupportedError(f"mesh.cp.degree {degree} does not divide data.sequence {config.data.sequence}, as Ulysses needs.")
 
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` with its columns cut over cp, and attention by DeepSpeed's DistributedAttention."""
     _engine.prepare()
+    from deepspeed.sequence import layer
     from deepspeed.sequence.layer import DistributedAttention
 
     axis = mesh.axis("cp")
+    layer.groups = SimpleNamespace(_get_sequence_parallel_rank=lambda: axis.rank)
 
     def local(inner: Core, batch: Batch) -> Core:
         def attend(q: Tensor, k: Tensor, v: Tensor, _: object = None) -> Tensor:
@@ -93,10 +91,10 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
 def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
     """Bytes that this rank sends in one step. It holds nothing of its own between steps."""
     axis, train = mesh.axis("cp"), config.train
+    attentions = [m for m in model.modules() if isinstance(m, Attention)]
     rows = train.batch // mesh.data.size + (mesh.data.rank < train.batch % mesh.data.size)
-    heads = sum(2 * config.model.heads + 2 * config.model.groups for m in model.modules() if isinstance(m, Attention))
-    column = rows * (config.model.width // config.model.heads) * (2 if train.dtype == "bfloat16" else 4)
-    held = config.data.sequence // axis.size
-    away = held * column * heads * (axis.size - 1) // axis.size
+    features = sum(2 * (m.q.weight.shape[0] + m.k.weight.shape[0]) for m in attentions)  # this rank's of tp
+    columns = config.data.sequence // axis.size
+    away = rows * columns * features * (2 if train.dtype == "bfloat16" else 4) * (axis.size - 1) // axis.size
     turns = 2 if train.recompute == "none" else 3
     return Prediction({f"all_to_all {axis.name}": turns * away})

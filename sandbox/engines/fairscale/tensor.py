@@ -19,14 +19,16 @@ Embedding and head stay whole: FairScale's want a vocabulary that n divides, and
 Source: FairScale 0.4.13; Shoeybi et al., "Megatron-LM", 2019.
 """
 
+import functools
 import io
 from contextlib import redirect_stdout
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sandbox.comm import all_reduce, ring_bytes
+from sandbox.comm import ring_bytes
 from sandbox.config import Config
 from sandbox.config import Options as Base
 from sandbox.errors import UnsupportedError
@@ -38,7 +40,7 @@ from sandbox.row_parallel import bytes_of_sums
 AXIS = "tp"
 REFUSES = {"bfloat16": "its layers multiply in the dtype of their weights, and those are float32."}
 
-COLUMNS, ROWS = ("q", "k", "v", "gate", "up"), ("o", "down")
+COLUMNS, ROWS, NORMS = ("q", "k", "v", "gate", "up"), ("o", "down"), ("q_norm", "k_norm")
 
 
 class Options(Base):
@@ -46,7 +48,7 @@ class Options(Base):
 
 
 def check(config: Config, options: Options) -> None:
-    """Raises UnsupportedError: a width that ranks do not divide, or another axis."""
+    """Raises UnsupportedError: a width that ranks do not divide."""
     degree, model = config.mesh.tp.degree, config.model
     for name, count in (
         ("model.heads", model.heads),
@@ -55,11 +57,6 @@ def check(config: Config, options: Options) -> None:
     ):
         if count % degree:
             raise UnsupportedError(f"mesh.tp.degree {degree} does not divide {name} {count}, as FairScale needs.")
-    if config.mesh.world != degree:
-        raise UnsupportedError(
-            "mesh: OSS, ShardedDDP and FSDP take gradients over in backward, before those of q_norm and k_norm, which "
-            "FairScale's layers leave to their user, are summed over tp. Leave mesh.tp alone on the mesh."
-        )
 
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
@@ -89,21 +86,25 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
         setattr(model.get_submodule(parent), key, layer)
     cut = replace(program, layout=layout)
     parameters = materialise(cut)
-    norms = [param for name, param in parameters.items() if name.split(".")[-2] in ("q_norm", "k_norm")]
-    last = False
+    for name, module in model.named_modules():
+        if name.split(".")[-1] in NORMS:
+            sum_gradients(module)
+    return replace(cut, parameters=parameters)
 
-    def begin(final: bool) -> None:
-        nonlocal last
-        program.begin(final)
-        last = final
 
-    def reduce_grads() -> None:
-        program.reduce_grads()
-        for param in norms if last else ():
-            assert param.grad is not None
-            all_reduce(param.grad, axis).wait()
+def sum_gradients(norm: nn.Module) -> None:
+    """Make the gradients of a norm of heads sums over tp, in backward: soon enough for who takes gradients over there.
 
-    return replace(cut, parameters=parameters, begin=begin, reduce_grads=reduce_grads)
+    By what FairScale does to a linear's input: the parameter as it is, and its gradient summed.
+    """
+    from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region
+
+    class Summed(nn.Module):
+        def __getattr__(self, name: str) -> Any:
+            value = getattr(norm, name)
+            return copy_to_model_parallel_region(value) if isinstance(value, Tensor) else value
+
+    norm.forward = functools.partial(type(norm).forward, Summed())  # type: ignore[method-assign]
 
 
 def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
@@ -115,7 +116,7 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
         if layer in COLUMNS or (layer in ROWS and kind == "weight"):
             dim = int(layer in ROWS)
             new[name] = nn.Parameter(param.detach().narrow(dim, 0, param.shape[dim] // axis.size).clone())
-        elif layer in ("q_norm", "k_norm"):
+        elif layer in NORMS:
             norms += ring_bytes(bytes_of([param]), axis.size)
     replace_parameters(model, new)
     sums = sum(
@@ -124,6 +125,6 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
     hidden = bytes_of_sums(sums, next(model.parameters()).element_size(), mesh, config)
     held = bytes_of(model.parameters())
     return Prediction(
-        {f"all_reduce {axis.name}": hidden + norms},
+        {f"all_reduce {axis.name}": hidden + config.train.microbatches * norms},
         {"parameters": held, "gradients": held, "optimizer": state_copies(config.train) * held},
     )

@@ -15,11 +15,13 @@ full, and the state of the parameters owned.
 Owners: each parameter, matrices first and then vectors, goes to the rank with the fewest elements so far, in the order
 of the model and not by size, so parts are less even than those of torch's ZeroRedundancyOptimizer.
 
-The norm is OSS's own. It asks for float32 and fails on float64, where the sandbox's stands in for it.
+The norm is OSS's own. It asks for float32 and fails on float64, and over tensor parallelism it counts what ranks share
+once for each of them; there the sandbox's stands in for it.
 
 Source: FairScale 0.4.13; Rajbhandari et al., "ZeRO", SC 2020, 5.1.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -52,26 +54,28 @@ def check(config: Config, options: Options) -> None:
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` under DDP, with the optimizer's state cut over dp x cp."""
-    replicated = ddp.apply(program, mesh, options)
+    replicated = ddp.of_plain_tensors(program, mesh, options)
     optimizer = make_oss(replicated, mesh.axis("dp_shard", "cp"))
-    return replace(replicated, make_optimizer=lambda finished: optimizer, clip=clip_with(optimizer, program))
+    return replace(replicated, make_optimizer=lambda finished: optimizer, clip=clip_with(optimizer, program, mesh))
 
 
 def make_oss(program: Program, axis: Axis) -> Any:
     """The program's optimizer, inside an OSS over `axis`."""
     from fairscale.optim import OSS
 
+    warnings.filterwarnings("ignore", ".*_get_global_rank` is deprecated", FutureWarning)  # and used by FairScale
     whole = program.make_optimizer(program)
     optimizer = OSS(whole.param_groups, type(whole), group=axis.group, lr=program.config.train.lr)
     optimizer.state = optimizer.optim.state  # that of the parameters owned, where one looks for it
     return optimizer
 
 
-def clip_with(oss: Any, program: Program) -> Callable[[Program, float | None], Tensor]:
-    """The slot `clip` by OSS; by `program` where OSS has no norm without clipping, or none in that dtype."""
+def clip_with(oss: Any, program: Program, mesh: Mesh) -> Callable[[Program, float | None], Tensor]:
+    """The slot `clip` by OSS; by `program` where OSS has no norm without clipping, none in that dtype, or none over tp."""
+    own = program.config.train.dtype != "float64" and mesh.axis("tp").size == 1
 
     def clip(finished: Program, most: float | None) -> Tensor:
-        if most is None or program.config.train.dtype == "float64":
+        if most is None or not own:
             return program.clip(finished, most)
         norm: Tensor = oss.clip_grad_norm(most)
         return norm.double()

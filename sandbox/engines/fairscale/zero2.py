@@ -17,6 +17,9 @@ are reduced one by one: `reduce_buffer_size`, FairScale's default, keeps small o
 parameters is lost when gradients are set to None, as torch does, and training is wrong from the second step on. And
 only the last microbatch is reduced, as under `no_sync`: to reduce each one divides by n what is already the sum.
 
+An owner drops the gradient that was reduced to it, if its rank in the group is not its rank in the world, as beside
+tensor parallelism: ShardedDDP takes it for another. Here it is told its rank in the group.
+
 Source: FairScale 0.4.13; Rajbhandari et al., "ZeRO", SC 2020, 5.2.
 """
 
@@ -58,6 +61,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     model = ShardedDataParallel(
         program.model, oss, axis.group, broadcast_buffers=False, sync_models_at_startup=False, reduce_buffer_size=0
     )
+    model._global_rank = axis.rank  # what it holds owners' ranks against, and those are ranks of the group
     mine = [name for name, rank in owners(program.model, axis.size).items() if rank == axis.rank]
 
     def begin(final: bool) -> None:
@@ -77,7 +81,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
         begin=begin,
         make_optimizer=lambda finished: oss,
         refresh=unless_stepped(oss, oss._broadcast_params),
-        clip=clip_with(oss, program),
+        clip=clip_with(oss, program, mesh),
     )
 
 

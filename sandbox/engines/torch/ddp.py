@@ -52,8 +52,12 @@ class Options(Base):
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` with its rows cut over dp and its gradients summed over dp."""
-    if mesh.axis("pp", "tp").size > 1:
-        return beside_others(program, mesh, options)
+    others = mesh.axis("pp", "tp").size > 1
+    return (beside_others if others else of_plain_tensors)(program, mesh, options)
+
+
+def of_plain_tensors(program: Program, mesh: Mesh, options: Options) -> Program:
+    """`apply` by torch's DistributedDataParallel."""
     axis = mesh.data
     parameters = materialise(program)
     model = DistributedDataParallel(
