@@ -57,8 +57,6 @@ class Options(Base):
 def check(config: Config, options: Options) -> None:
     """Raises UnsupportedError: another axis than dp, or ZeRO on it; more stages than parts."""
     degree, layers = config.mesh.pp.degree, config.model.layers
-    if config.mesh.world != degree * config.mesh.dp.degree:
-        raise UnsupportedError("mesh: DeepSpeed's pipeline was tried beside mesh.dp only. Leave out the other axes.")
     if config.mesh.dp.degree > 1 and config.mesh.dp.strategy not in ("ddp", "zero1"):
         raise UnsupportedError(
             "mesh.dp.strategy: DeepSpeed's pipeline refuses ZeRO-2 and ZeRO-3. Set mesh.dp.strategy: zero1, or ddp."
@@ -93,7 +91,8 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from deepspeed.runtime.pipe.schedule import OptimizerStep
 
-    axis, data, model = mesh.axis("pp"), mesh.data.size, program.model
+    axis, model = mesh.axis("pp"), program.model
+    data = mesh.axis("dp_replicate", "dp_shard", "cp").size
     assert isinstance(model, Transformer)
     tied, stage = shared_weight(model), cut(model, axis.size, "layers")[axis.rank]
     keep(model, [stage])
@@ -175,7 +174,8 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
     keep(model, [cut(model, axis.size, "layers")[axis.rank]])
     borders = (axis.rank > 0) + (axis.rank < axis.size - 1)
     rows = even(config.train.batch, mesh.data.size)[mesh.data.rank]
-    traffic = {f"send {mesh.everyone.name}": borders * rows * config.data.sequence * config.model.width * 4}
+    columns = config.data.sequence // mesh.axis("cp").size
+    traffic = {f"send {mesh.everyone.name}": borders * rows * columns * config.model.width * 4}
     if axis.rank == axis.size - 1:
         traffic[f"broadcast {axis.name}"] = 8 * (axis.size - 1)
     if tied and borders < 2:

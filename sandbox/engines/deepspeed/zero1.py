@@ -66,7 +66,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
 
 def beside_pipeline(program: Program, mesh: Mesh) -> Program:
     """Return `program`, which is run by the pipeline's engine with stage 1 (pipeline.py), with its rows cut over dp."""
-    placed, collect = place(program, mesh.axis("dp_shard"))
+    placed, collect = place(program, mesh.axis("dp_shard", "cp"))
 
     def forward_backward(finished: Program, microbatches: list[Batch], valid: float) -> Tensor:
         loss = program.forward_backward(finished, microbatches, valid)
