@@ -3,16 +3,16 @@
 import io
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
-from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sandbox.comm import Axis
 from sandbox.engines.accelerate._accelerator import forget_launcher, make_accelerator
-from sandbox.engines.deepspeed import _engine
+from sandbox.engines.deepspeed import _autotp, _engine
 from sandbox.mesh import Mesh
-from sandbox.program import Program, materialise
+from sandbox.program import Program
 
 __all__ = ["apply_plugin"]
 
@@ -25,20 +25,25 @@ def apply_plugin(program: Program, mesh: Mesh, zero: Mapping[str, Any], place: P
     `accelerator.backward` takes DeepSpeed's step with the last microbatch, before anybody can see a gradient or set a
     rate. It is held back until the trainer steps.
     """
-    from accelerate import DeepSpeedPlugin
-
     forget_launcher()
-    _engine.prepare()
-    settings = _engine.settings(program.config, zero)
-    accelerator = make_accelerator(
-        multi_device=True,
-        gradient_accumulation_steps=program.config.train.microbatches,
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
-    )
-    inner = program.make_optimizer(replace(program, parameters=materialise(program)))
-    with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory
-        engine, _ = accelerator.prepare(program.model, inner)
-    placed, collect = place(program, mesh.axis("dp_shard", "cp"))
+    accelerator: Any = None
+
+    def initialize(program: Program, inner: torch.optim.Optimizer, zero: Mapping[str, Any], **others: Any) -> Any:
+        from accelerate import DeepSpeedPlugin
+
+        nonlocal accelerator
+        _engine.prepare()
+        settings = _engine.settings(program.config, zero) | others
+        accelerator = make_accelerator(
+            multi_device=True,
+            gradient_accumulation_steps=program.config.train.microbatches,
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
+        )
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory
+            return accelerator.prepare(program.model, inner)[0]
+
+    held, engine, inner = _autotp.start(program, mesh, zero, initialize)
+    placed, collect = place(held, mesh.axis("dp_shard", "cp"))
 
     def backward(loss: Tensor, final: bool) -> None:
         with accelerator.accumulate(engine):

@@ -27,6 +27,7 @@ from sandbox.engines.accelerate._accelerator import (
     parallelism,
     with_hooks,
 )
+from sandbox.engines.deepspeed import tensor as autotp
 from sandbox.engines.torch import tensor
 from sandbox.errors import UnsupportedError
 from sandbox.mesh import Mesh
@@ -35,34 +36,41 @@ from sandbox.program import Program
 
 AXIS = "tp"
 
-REASONS = {
-    "ddp": "its ParallelismConfig has tensor parallelism with FSDP only, and not with DDP.",
-    "zero1": "X", "zero2": "X", "zero3": "X",
-}
-"""Data strategies that it does not have over tp, each with the reason."""
-
 
 class Options(tensor.Options):
     """Options of `tensor`: those of torch's."""
 
 
 def check(config: Config, options: Options) -> None:
-    """Raises ConfigError: what torch's DTensors cannot be cut into. UnsupportedError: another axis."""
+    """Raises ConfigError: what torch's DTensors, or AutoTP, cannot be cut into. UnsupportedError: beside DDP."""
+    if by_autotp(config):
+        if options.sequence:
+            raise UnsupportedError(
+                "mesh.tp.sequence: beside its DeepSpeed plugin Accelerate cuts by DeepSpeed's AutoTP, which has none of "
+                "it. Set mesh.tp.sequence: false, or mesh.dp.strategy: fsdp."
+            )
+        return autotp.check(config, autotp.Options())
     tensor.check(config, options)
-    dp = config.mesh.dp
-    if dp.degree > 1 and dp.strategy in REASONS:
+    if config.mesh.dp.degree > 1 and config.mesh.dp.strategy == "ddp":
         raise UnsupportedError(
-            f"mesh.dp.strategy: under engine accelerate, {dp.strategy} beside mesh.tp: {REASONS[dp.strategy]} "
-            "Set mesh.dp.strategy: fsdp."
+            "mesh.dp.strategy: Accelerate refuses a ParallelismConfig of tensor parallelism with data parallelism that "
+            "cuts nothing. Set mesh.dp.strategy: fsdp."
         )
 
 
+def by_autotp(config: Config) -> bool:
+    """Whether DeepSpeed cuts, as its engine starts, and not torch."""
+    return config.mesh.dp.degree > 1 and config.mesh.dp.strategy in ("zero1", "zero2", "zero3")
+
+
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
-    """Return `program` cut over tp by torch, with model and optimizer prepared by Accelerate: here, or by fsdp."""
+    """Return `program` cut over tp, with model and optimizer prepared by Accelerate: here, or by the data strategy."""
+    if by_autotp(program.config):
+        return program
     forget_launcher()
     cut = tensor.apply(program, mesh, options)
     cut.model.tp_size = mesh.axis(AXIS).size  # type: ignore[assignment] # where Accelerate looks for it
-    if mesh.data.size > 1:  # then `prepare` needs to be told of both axes at once
+    if mesh.data.size > 1:  # `prepare` is to be told of both axes at once
         return cut
     accelerator = make_accelerator(
         multi_device=True,
@@ -81,6 +89,8 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
 
 def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
     """Bytes sent in one step and held after it, by this rank: those of torch's."""
+    if by_autotp(config):
+        return autotp.predict(model, mesh, autotp.Options(), config)
     dp = config.mesh.dp.model_copy(update={"strategy": "ddp"})  # whose sums are made as here: once a step, uncast
     as_under_ddp = config.mesh.model_copy(update={"dp": dp})
     return tensor.predict(model, mesh, options, config.model_copy(update={"mesh": as_under_ddp}))

@@ -3,7 +3,7 @@
 DeepSpeed cuts as its engine starts, and that is one for tp and dp: the strategy folded last starts it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -21,21 +21,23 @@ __all__ = ["NORMS", "cut_in", "cuts", "partition", "start"]
 COLUMNS, ROWS, NORMS = ("q", "k", "v", "gate", "up"), ("o", "down"), ("q_norm", "k_norm")
 
 
-def start(program: Program, mesh: Mesh, zero: Mapping[str, Any]) -> tuple[Program, Any, torch.optim.Optimizer]:
+def start(
+    program: Program, mesh: Mesh, zero: Mapping[str, Any], initialize: Callable[..., Any] = _engine.initialize
+) -> tuple[Program, Any, torch.optim.Optimizer]:
     """Return `program` with what this rank has of each parameter, an engine around its model, and torch's optimizer.
 
-    `zero` is the section `zero_optimization` of the engine's config.
+    `zero` is the section `zero_optimization` of the engine's config. `initialize` makes the engine.
     """
     axis, model, layout = mesh.axis("tp"), program.model, dict(program.layout)
     parameters = materialise(program)
     inner = program.make_optimizer(replace(program, parameters=parameters))
     if axis.size == 1:
         whole = replace(program, parameters=parameters)
-        return whole, _engine.initialize(program, inner, zero), inner
+        return whole, initialize(program, inner, zero), inner
     model.config = SimpleNamespace(num_key_value_heads=program.config.model.groups)  # type: ignore[assignment]
     tensor_parallel = {"autotp_size": axis.size, "partition_config": partition()}
     shapes = {name: param.shape for name, param in parameters.items()}
-    engine = _engine.initialize(program, inner, zero, tensor_parallel=tensor_parallel)
+    engine = initialize(program, inner, zero, tensor_parallel=tensor_parallel)
     engine.first_dataloader_check.remove()  # compares inputs over ranks, and knows tensors only
     for name, shape in shapes.items():
         if how := cut_in(name):
