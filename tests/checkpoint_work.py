@@ -54,6 +54,21 @@ LIBRARIES: dict[str, dict[str, Any]] = {
     "fairscale zero2 x 3": {"engine": "fairscale", "dp": {"degree": 3, "strategy": "zero2"}},
     "deepspeed tp 2": {"engine": "deepspeed", "tp": {"degree": 2}},
     "accelerate tp 2": {"engine": "accelerate", "tp": {"degree": 2}},
+    "deepspeed zero1 x 2 tp 2": {
+        "engine": "deepspeed",
+        "dp": {"degree": 2, "strategy": "zero1"},
+        "tp": {"degree": 2},
+    },
+    "accelerate fsdp x 2 tp 2": {
+        "engine": "accelerate",
+        "dp": {"degree": 2, "strategy": "fsdp"},
+        "tp": {"degree": 2},
+    },
+    "fairscale zero2 x 2 tp 2": {
+        "engine": "fairscale",
+        "dp": {"degree": 2, "strategy": "zero2"},
+        "tp": {"degree": 2},
+    },
 }
 
 

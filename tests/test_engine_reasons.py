@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 import re
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from sandbox.engines.deepspeed import _engine
 from sandbox.errors import UnsupportedError
 from sandbox.plan import find, plan, preload, unsupported
 from sandbox.runtime import Member, launch, warm
-from sandbox.verify.cases import MODEL, alone
+from sandbox.verify.cases import alone
 
 pytestmark = [pytest.mark.parity, pytest.mark.engines]
 run = functools.partial(launch, timeout=60)
@@ -126,22 +125,6 @@ def in_groups(member: Member) -> str:
     except Exception as error:
         return str(error)
     return ""
-
-
-def test_ulysses_cuts_heads_unevenly_only_over_groups_of_deepspeed_s_own() -> None:
-    """Given another group, every rank takes itself for the first, and the exchange never ends."""
-    warm(*preload("deepspeed"))
-    assert run(2, rank_in_ulysses) == [0, 0]
-    with pytest.raises(UnsupportedError, match="as Ulysses needs"):
-        plan(alone("deepspeed", "context", 2, "", model=MODEL.model_copy(update={"heads": 3, "kv_heads": 3})).config)
-
-
-def rank_in_ulysses(member: Member) -> int:
-    _engine.prepare()
-    from deepspeed.sequence import layer
-
-    assert "groups._get_sequence_parallel_rank()" in inspect.getsource(layer.uneven_heads_all2all)
-    return int(layer.groups._get_sequence_parallel_rank())
 
 
 def test_fairscale_s_layers_multiply_in_the_dtype_of_their_weights() -> None:

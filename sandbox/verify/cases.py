@@ -1,14 +1,17 @@
 """Small trainings that hide nothing, and cases made of them: what the matrix, planted bugs and tests share."""
 
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 from sandbox.config import Config, Data, Mesh, Model, Train
-from sandbox.plan import find, finest
+from sandbox.errors import ConfigError
+from sandbox.plan import find, finest, plan
 from sandbox.verify.verifier import Case, fixture
 
 __all__ = [
     "DATA", "EVEN", "EVERY", "EXPERTS", "FULL", "MANY", "MANY_TIED", "MODEL", "SWITCH", "TIED", "TRAIN",
-    "alone", "case",
+    "alone", "case", "first", "possible",
 ]  # fmt: skip
 
 MODEL = Model(
@@ -69,3 +72,17 @@ def case(
     train_ = TRAIN.model_copy(update=train or {})
     config = Config(name=name, engine=engine, mesh=sections, model=model, data=data, train=train_)
     return Case(fixture(config, dtype or finest(config), optimizer))
+
+
+def first(*attempts: Callable[[], Case]) -> Iterator[Case]:
+    """The first that is possible, if any is; those after it are not made."""
+    return islice(filter(possible, (attempt() for attempt in attempts)), 1)
+
+
+def possible(case: Case) -> bool:
+    """Whether there is such a plan, and the engine can run it."""
+    try:
+        plan(case.config)
+    except ConfigError:
+        return False
+    return True

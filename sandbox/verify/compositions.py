@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from sandbox.config import Data
 from sandbox.plan import USUAL, engines, find, strategies
-from sandbox.verify.cases import EVERY, FULL, MODEL, TIED, alone, case
+from sandbox.verify.cases import EVEN, EVERY, FULL, MANY, MANY_TIED, MODEL, TIED, alone, case, first
 from sandbox.verify.verifier import Case
 
 __all__ = ["AXES", "Way", "compositions", "ways"]
@@ -146,16 +146,23 @@ def _experts_among() -> Iterator[Case]:
 
 
 def _of_other_engines() -> Iterator[Case]:
-    """Each other axis beside each strategy of the data axis, and three axes at once."""
+    """Each two axes, dp by each of its strategies; replicas; and three axes at once."""
     for engine in engines()[1:]:
         axes = {name: find(engine, name).AXIS for name in strategies(engine)}
-        for name, data in product(axes, axes):
-            if axes[name] != "dp" and axes[data] == "dp":
-                beside = {"dp": {"degree": 2, "strategy": data}}
-                yield alone(engine, name, 2, f"{data}-dp2", beside=beside)
+        others = [name for name, axis in axes.items() if axis != "dp"]
+        for name, beside in (*product(others, [n for n in axes if axes[n] == "dp"]), *combinations(others, 2)):
+            section: dict[str, dict[str, Any]] = {axes[beside]: {"degree": 2, "strategy": beside}}
+            make = partial(alone, engine, name, 2, f"{beside}-{axes[beside]}2", beside=section)
+            yield from first(make, partial(make, model=EVEN), partial(make, model=MANY))
+        if {"tensor", "fsdp"} <= set(axes):
+            hybrid = {"dp": {"degree": 4, "replicas": 2, "strategy": "fsdp"}}
+            yield alone(engine, "tensor", 2, "fsdp-dp2x2, tied", beside=hybrid, model=MANY_TIED)
         if {"pipeline", "tensor", "fsdp"} <= set(axes):
             three: dict[str, dict[str, Any]] = {
                 "dp": {"degree": 2, "strategy": "fsdp"},
                 "tp": {"degree": 2, "sequence": True},
             }
             yield alone(engine, "pipeline", 2, "fsdp-dp2, tensor-tp2", beside=three)
+        if {"context", "tensor", "zero2"} <= set(axes):
+            zero: dict[str, dict[str, Any]] = {"dp": {"degree": 2, "strategy": "zero2"}, "tp": {"degree": 2}}
+            yield alone(engine, "context", 2, "zero2-dp2, tensor-tp2", beside=zero, model=MANY)

@@ -4,17 +4,15 @@ A new strategy is in the matrix by its place in the folder, an option by its typ
 switch each make a case. Where a training does not suit a mesh (heads that do not divide), another takes its place.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from sandbox.config import Data
-from sandbox.errors import ConfigError
-from sandbox.plan import engines, find, finest, plan, required, strategies
-from sandbox.verify.cases import EVEN, EVERY, EXPERTS, MANY, MANY_TIED, SWITCH, TIED, alone
+from sandbox.plan import engines, find, finest, required, strategies
+from sandbox.verify.cases import EVEN, EVERY, EXPERTS, MANY, MANY_TIED, SWITCH, TIED, alone, first, possible
 from sandbox.verify.compositions import compositions
 from sandbox.verify.verifier import Case
 
@@ -28,7 +26,7 @@ def matrix() -> Iterator[Case]:
     for engine in engines():
         for name in strategies(engine):
             yield from _alone(engine, name)
-    yield from filter(_possible, compositions())
+    yield from filter(possible, compositions())
 
 
 def _alone(engine: str, name: str) -> Iterator[Case]:
@@ -38,7 +36,7 @@ def _alone(engine: str, name: str) -> Iterator[Case]:
     worlds = (2, 3, 4, 8) if data else (2, 3, 4)
     for world in (2, 4) if library else worlds:
         case = partial(make, world)
-        yield from _first(
+        yield from first(
             partial(case, ""),
             partial(case, "many heads", model=MANY),
             partial(case, "even", model=EVEN),
@@ -46,37 +44,24 @@ def _alone(engine: str, name: str) -> Iterator[Case]:
         )
     for label, options in _variants(strategy.Options.model_fields):
         case = partial(make, 3 if data else 2, label, options)
-        yield from _first(case, partial(case, train=FOUR))
+        yield from first(case, partial(case, train=FOUR))
     if data:
-        yield from _first(partial(make, 4, "replicas 2", {"replicas": 2}))
+        yield from first(partial(make, 4, "replicas 2", {"replicas": 2}))
     case = partial(make, 4, "tied", data=Data(sequence=24, layout="padded"))
     models = (SWITCH,) if experts else (TIED, MANY_TIED)
-    yield from _first(*(partial(case, model=model) for model in models), partial(case, model=TIED, train=FOUR))
-    yield from _first(partial(make, 2, "one microbatch, no clipping", train={"microbatches": 1, "clip": None}))
+    yield from first(*(partial(case, model=model) for model in models), partial(case, model=TIED, train=FOUR))
+    yield from first(partial(make, 2, "one microbatch, no clipping", train={"microbatches": 1, "clip": None}))
     # where two right runs send a token to different experts, their gradients have nothing in common
     smooth: dict[str, Any] = {"model": EVERY} if experts else {}
     for dtype in ("float32", "bfloat16"):
         if not library or finest(make(2, "").config) != dtype:
-            yield from _first(partial(make, 2, dtype, dtype=dtype, **smooth))
+            yield from first(partial(make, 2, dtype, dtype=dtype, **smooth))
     if data and not library:
-        yield from _first(partial(make, 2, "adamw", optimizer="adamw"))
+        yield from first(partial(make, 2, "adamw", optimizer="adamw"))
     for how in ("full",) if library else ("selective", "full"):
-        yield from _first(partial(make, 2, f"recompute {how}", train={"recompute": how}))
+        yield from first(partial(make, 2, f"recompute {how}", train={"recompute": how}))
     if not experts:
-        yield from _first(partial(make, 2, "experts", model=EXPERTS))
-
-
-def _first(*attempts: Callable[[], Case]) -> Iterator[Case]:
-    """The first that is possible, if any is; those after it are not made."""
-    return islice(filter(_possible, (attempt() for attempt in attempts)), 1)
-
-
-def _possible(case: Case) -> bool:
-    try:
-        plan(case.config)
-    except ConfigError:
-        return False
-    return True
+        yield from first(partial(make, 2, "experts", model=EXPERTS))
 
 
 def _variants(fields: dict[str, FieldInfo]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -102,12 +102,15 @@ def asked_of_transformers() -> Iterator[None]:
     """
     from transformers.integrations import tensor_parallel
 
-    added = not hasattr(tensor_parallel, "ReplicateParallel")
-    if added:
-        tensor_parallel.ReplicateParallel = None
-    yield
-    if added:
-        del tensor_parallel.ReplicateParallel
+    names = vars(tensor_parallel)
+    absent = "ReplicateParallel" not in names
+    if absent:
+        names["ReplicateParallel"] = None
+    try:
+        yield
+    finally:
+        if absent:
+            del names["ReplicateParallel"]
 
 
 def words_apart() -> Any:

@@ -14,7 +14,7 @@ each microbatch (n-1)/n P' to all_gather for forward and as much again for backw
 both (and blocks too, without `reshard_after_forward`); and (n-1)/n P' to reduce_scatter, once a step, for under
 `accumulate` gradients add up whole. With replicas (HSDP, `ParallelismConfig(dp_replicate_size, dp_shard_size)`) parts
 are then summed over dp_replicate: 2 (r-1)/r P'/n. Memory: (2 + K)/n P and the padding, and between microbatches
-gradients in full.
+gradients in full. Over tensor parallelism rows are cut again, within the part that a rank has: `tp_size` beside these.
 
 On CPU Accelerate ignores its FSDP plugin without a word and trains under DDP (_accelerator.py tells how it is made to
 run). The wrapping differs from engine torch's in the last norm, found by its type's name.

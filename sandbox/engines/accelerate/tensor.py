@@ -11,6 +11,10 @@ model of its own. Here engine torch cuts, by `parallelize_module`, and tells the
 not in this table, what need not divide, and the bytes sent, which are the same to the byte. Accelerate's are the loop,
 its division of the loss by the number of microbatches, the clipping and the optimizer around torch's.
 
+Beside dp one `prepare` knows of all axes. With fsdp, `ParallelismConfig(dp_replicate_size, dp_shard_size, tp_size)`,
+FSDP2 cuts again what torch has cut (fsdp.py). With zero1 to zero3, the DeepSpeed plugin, it is DeepSpeed's AutoTP that
+cuts, as its engine starts: what, and at what cost, says engine deepspeed's tensor. DDP it does not put over tp.
+
 Source: Accelerate 1.15; Shoeybi et al., "Megatron-LM", 2019.
 """
 
@@ -44,12 +48,13 @@ class Options(tensor.Options):
 def check(config: Config, options: Options) -> None:
     """Raises ConfigError: what torch's DTensors, or AutoTP, cannot be cut into. UnsupportedError: beside DDP."""
     if by_autotp(config):
+        autotp.check(config, autotp.Options())
         if options.sequence:
             raise UnsupportedError(
-                "mesh.tp.sequence: beside its DeepSpeed plugin Accelerate cuts by DeepSpeed's AutoTP, which has none of "
-                "it. Set mesh.tp.sequence: false, or mesh.dp.strategy: fsdp."
+                "mesh.tp.sequence: with its DeepSpeed plugin Accelerate cuts by DeepSpeed's AutoTP, which has none "
+                "of it. Set mesh.tp.sequence: false, or mesh.dp.strategy: fsdp."
             )
-        return autotp.check(config, autotp.Options())
+        return
     tensor.check(config, options)
     if config.mesh.dp.degree > 1 and config.mesh.dp.strategy == "ddp":
         raise UnsupportedError(

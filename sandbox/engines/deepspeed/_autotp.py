@@ -1,6 +1,6 @@
 """What AutoTP cuts, and an engine whose linears are AutoTP's where the mesh has an axis tp.
 
-DeepSpeed cuts as its engine starts, and that is one for tp and dp: the strategy folded last starts it.
+DeepSpeed cuts as its engine starts, and that is one for tp and dp: the strategy that is folded last starts it.
 """
 
 from collections.abc import Callable, Mapping

@@ -11,9 +11,11 @@
 does, over dp x cp at once.
 
 Bytes sent by a rank of n in one layer and one step: (n-1)/n (2 Q + K) to all_to_all forward, and the same backward (Q:
-its queries, or what comes out, K: its keys and values together). Memory: nothing between steps.
+its queries, or what comes out, K: its keys and values together); and where n does not divide the key/value heads, as
+many in both together. Memory: nothing between steps.
 
-All parts have one size: n must divide the columns, the heads, and the key/value heads.
+n must divide the columns, and there must be a key/value head for each rank, of those that its rank of tp has. Where n
+does not divide these, the first ranks have one more, with the queries that belong to it.
 
 Source: DeepSpeed 0.19.8; Jacobs et al., "DeepSpeed Ulysses", 2023.
 """
@@ -33,6 +35,7 @@ from sandbox.errors import UnsupportedError
 from sandbox.mesh import Mesh
 from sandbox.model import Attention
 from sandbox.model.attention import Core
+from sandbox.partition import even
 from sandbox.predict import Prediction
 from sandbox.program import Program
 
@@ -45,10 +48,16 @@ class Options(Base):
 
 
 def check(config: Config, options: Options) -> None:
-    """Raises UnsupportedError: something that the degree does not divide."""
-    degree, model = config.mesh.cp.degree, config.model
+    """Raises UnsupportedError: columns that the degree does not divide, or fewer key/value heads than ranks."""
+    degree, model, tp = config.mesh.cp.degree, config.model, config.mesh.tp.degree
     if config.data.sequence % degree:
-        raise UnsupportedError(f"mesh.cp.degree {degree} does not divide data.sequence {config.data.sequence}, as Ulysses needs.")
+        raise UnsupportedError(
+            f"mesh.cp.degree {degree} does not divide data.sequence {config.data.sequence}, and DeepSpeed's Ulysses "
+            "deals out columns in equal parts only."
+        )
+    if (least := model.groups // tp) < degree:
+        held = f"model.kv_heads {model.groups}" if tp == 1 else f"the key/value heads of a rank of tp, {least}"
+        raise UnsupportedError(f"mesh.cp.degree {degree} is more than {held}: DeepSpeed's Ulysses gives each rank one.")
 
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
@@ -58,6 +67,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     from deepspeed.sequence.layer import DistributedAttention
 
     axis = mesh.axis("cp")
+    # where heads do not divide: its own groups, which there are none of, would tell every rank that it is the first
     layer.groups = SimpleNamespace(_get_sequence_parallel_rank=lambda: axis.rank)
 
     def local(inner: Core, batch: Batch) -> Core:
@@ -90,11 +100,15 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
 
 def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
     """Bytes that this rank sends in one step. It holds nothing of its own between steps."""
-    axis, train = mesh.axis("cp"), config.train
-    attentions = [m for m in model.modules() if isinstance(m, Attention)]
-    rows = train.batch // mesh.data.size + (mesh.data.rank < train.batch % mesh.data.size)
-    features = sum(2 * (m.q.weight.shape[0] + m.k.weight.shape[0]) for m in attentions)  # this rank's of tp
-    columns = config.data.sequence // axis.size
-    away = rows * columns * features * (2 if train.dtype == "bfloat16" else 4) * (axis.size - 1) // axis.size
-    turns = 2 if train.recompute == "none" else 3
-    return Prediction({f"all_to_all {axis.name}": turns * away})
+    axis, train, sizes = mesh.axis("cp"), config.train, config.model
+    rows = even(train.batch, mesh.data.size)[mesh.data.rank]
+    head = sizes.width // sizes.heads * config.data.sequence // axis.size * (2 if train.dtype == "bfloat16" else 4)
+    sent = 0
+    for attention in (module for module in model.modules() if isinstance(module, Attention)):
+        groups = attention.k.weight.shape[0] * sizes.heads // sizes.width  # of this rank of tp
+        own = even(groups, axis.size)[axis.rank]
+        queries = sizes.heads // sizes.groups
+        away, back = groups - own, own * (axis.size - 1)  # heads of others, sent to them; own heads, columns of others
+        forward, backward = (queries + 2) * away + queries * back, (queries + 2) * back + queries * away
+        sent += forward * (1 if train.recompute == "none" else 2) + backward
+    return Prediction({f"all_to_all {axis.name}": sent * rows * head})

@@ -9,8 +9,8 @@
 Bytes sent by a rank in one step: X = B S D elements over all microbatches to each neighbour, forward to the next stage,
 backward to the one before; and the last one's losses to all, 8 bytes each. A tied embedding lies on the first and the
 last stage, and an all_reduce of V D sums its gradients. Over dp 2 (n-1)/n of a stage's gradients are sent, in one
-all_reduce after the last backward. Memory: parameters and optimizer state of the rank's stage. Gradients are let go
-with the step.
+all_reduce after the last backward; ranks of Ulysses (context.py) are data ranks to it. Memory: parameters and optimizer
+state of the rank's stage. Gradients are let go with the step.
 
 Each stage is one layer to DeepSpeed, which then has nothing left to cut. Only hidden states travel: what else a layer
 needs of the batch it takes from its own copy, in the order of the microbatches. `train_batch` runs the optimizer's step
@@ -55,7 +55,7 @@ class Options(Base):
 
 
 def check(config: Config, options: Options) -> None:
-    """Raises UnsupportedError: another axis than dp, or ZeRO on it; more stages than parts."""
+    """Raises UnsupportedError: ZeRO-2 or ZeRO-3 on dp; more stages than parts."""
     degree, layers = config.mesh.pp.degree, config.model.layers
     if config.mesh.dp.degree > 1 and config.mesh.dp.strategy not in ("ddp", "zero1"):
         raise UnsupportedError(

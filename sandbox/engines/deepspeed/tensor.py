@@ -15,6 +15,9 @@ block in forward, and in backward once for each of q, k, v, up and gate, where o
 do; and 2 (n-1)/n w for w bytes of q_norm and k_norm, where once a step would do. Memory: optimizer state and parameters
 of the cut linears by n, of all else in full. Gradients are let go with the step.
 
+By itself it is an engine of stage 0. Beside dp it is that of the data strategy, whose ZeRO of any stage cuts, and sums
+over the other ranks, what AutoTP has left to a rank (_autotp.py). Beside Ulysses a rank exchanges the heads it has.
+
 Source: DeepSpeed 0.19.8; Shoeybi et al., "Megatron-LM", 2019.
 """
 

@@ -4,15 +4,16 @@
     q, k, v, gate, up W, b       W[F_tp, D]     ColumnParallelLinear: own heads or features, of a whole input
     o, down           W          W[D, F_tp]     RowParallelLinear: from own heads or features, a term of the sum
     o, down           b          b[D]           added once, after the sum
-    q_norm, k_norm               w[E]           on its own heads: gradient {U_tp}, then summed
+    q_norm, k_norm               w[E]           on its own heads: gradient {U_tp}, summed in every backward
     embedding, norms, head                      whole, and computed by every rank alike
 
 `W[F_tp, D]` reads: F is cut over axis tp in equal parts; `{U_tp}`: not yet summed over tp.
 
 Bytes sent by a rank for each microbatch: n ranks, X bytes of hidden state [B, S, D], to all_reduce 2 (n-1)/n X twice a
 block in forward, and in backward once for each of q, k, v, up and gate, where one sum for all layers of one input would
-do; and for each step 2 (n-1)/n w for w bytes of q_norm and k_norm, which FairScale leaves to its user. Memory:
-parameters, gradients and optimizer state of the cut linears by n, of all else in full.
+do; and 2 (n-1)/n w for w bytes of q_norm and k_norm, which FairScale leaves to its user. Here they are summed within
+backward, so that DDP, ShardedDDP and FSDP, which take gradients over there, find the sums. Memory: parameters,
+gradients and optimizer state of the cut linears by n, of all else in full.
 
 Embedding and head stay whole: FairScale's want a vocabulary that n divides, and there are 257 words.
 
@@ -99,12 +100,12 @@ def sum_gradients(norm: nn.Module) -> None:
     """
     from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region
 
-    class Summed(nn.Module):
+    class Summed:
         def __getattr__(self, name: str) -> Any:
             value = getattr(norm, name)
             return copy_to_model_parallel_region(value) if isinstance(value, Tensor) else value
 
-    norm.forward = functools.partial(type(norm).forward, Summed())  # type: ignore[method-assign]
+    norm.forward = functools.partial(type(norm).forward, Summed())
 
 
 def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:

@@ -71,7 +71,7 @@ def make_oss(program: Program, axis: Axis) -> Any:
 
 
 def clip_with(oss: Any, program: Program, mesh: Mesh) -> Callable[[Program, float | None], Tensor]:
-    """The slot `clip` by OSS; by `program` where OSS has no norm without clipping, none in that dtype, or none over tp."""
+    """The slot `clip` by OSS; by `program` where OSS has no norm: without clipping, in float64, and over tp."""
     own = program.config.train.dtype != "float64" and mesh.axis("tp").size == 1
 
     def clip(finished: Program, most: float | None) -> Tensor:
