@@ -48,25 +48,18 @@ LIBRARIES: dict[str, dict[str, Any]] = {
     "zero2 x 3": {"dp": {"degree": 3, "strategy": "zero2", "bucket_mb": 0.005}},
     "accelerate zero3 x 2": {"engine": "accelerate", "dp": {"degree": 2, "strategy": "zero3"}},
     "tp 2": LAYOUTS["tp 2"],
-    "deepspeed zero1 x 3": {"engine": "deepspeed", "dp": {"degree": 3, "strategy": "zero1"}},
-    "fairscale fsdp x 2": {"engine": "fairscale", "dp": {"degree": 2, "strategy": "fsdp"}},
-    "deepspeed zero3 x 3": {"engine": "deepspeed", "dp": {"degree": 3, "strategy": "zero3", "offload": True}},
-    "fairscale zero2 x 3": {"engine": "fairscale", "dp": {"degree": 3, "strategy": "zero2"}},
-    "deepspeed tp 2": {"engine": "deepspeed", "tp": {"degree": 2}},
-    "accelerate tp 2": {"engine": "accelerate", "tp": {"degree": 2}},
-    "deepspeed zero1 x 2 tp 2": {
+    "deepspeed zero1 x 2, tp 2": {
         "engine": "deepspeed",
         "dp": {"degree": 2, "strategy": "zero1"},
         "tp": {"degree": 2},
     },
-    "accelerate fsdp x 2 tp 2": {
+    "fairscale fsdp x 2": {"engine": "fairscale", "dp": {"degree": 2, "strategy": "fsdp"}},
+    "deepspeed zero3 x 3": {"engine": "deepspeed", "dp": {"degree": 3, "strategy": "zero3", "offload": True}},
+    "fairscale zero2 x 3": {"engine": "fairscale", "dp": {"degree": 3, "strategy": "zero2"}},
+    "deepspeed tp 2": {"engine": "deepspeed", "tp": {"degree": 2}},
+    "accelerate fsdp x 2, tp 2": {
         "engine": "accelerate",
         "dp": {"degree": 2, "strategy": "fsdp"},
-        "tp": {"degree": 2},
-    },
-    "fairscale zero2 x 2 tp 2": {
-        "engine": "fairscale",
-        "dp": {"degree": 2, "strategy": "zero2"},
         "tp": {"degree": 2},
     },
 }
