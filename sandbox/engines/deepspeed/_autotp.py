@@ -16,9 +16,10 @@ from sandbox.mesh import Mesh
 from sandbox.partition import even
 from sandbox.program import Program, materialise
 
-__all__ = ["NORMS", "cut_in", "cuts", "partition", "start"]
+__all__ = ["NORMS", "cut_in", "cuts", "start"]
 
-COLUMNS, ROWS, NORMS = ("q", "k", "v", "gate", "up"), ("o", "down"), ("q_norm", "k_norm")
+COLUMNS, ROWS = ("q", "k", "v", "gate", "up"), ("o", "down")
+NORMS = ("q_norm", "k_norm")
 
 
 def start(
