@@ -28,8 +28,7 @@ def weigh(member: Member, sections: dict[str, Any], alone_on_lo: bool) -> Weight
     """Train a few steps in a process that does nothing else."""
     import torch.distributed as dist
 
-    from sandbox.measure import Peak, Traffic, interface_bytes
-    from sandbox.verify.capture import METRICS
+    from sandbox.measure import METRICS, Peak, Traffic, interface_bytes
 
     before = _status("VmRSS")
     trainer = trainer_of(member, sections)

@@ -17,6 +17,7 @@ from sandbox.comm import Recorder
 from sandbox.config import Config
 from sandbox.data import Corpus, bits_per_byte
 from sandbox.errors import CheckpointError, ConfigError, TrainingError, WorkerError
+from sandbox.measure import measured_run
 from sandbox.mesh import Mesh
 from sandbox.model import build
 from sandbox.plan import name_of, plan
@@ -59,9 +60,11 @@ def train(member: Member, config: Config, folder: Path, resume: Resume) -> float
         warn(f"{error}. The training goes on.")
 
     with checkpoint.Saver(kept, keep=settings.checkpoint_keep, asynchronous=beside, warn=unsaved) as saver:
-        for step in trainer.run():
+        for step, measured in measured_run(trainer):
             _see_numbers(step, config)
             send(asdict(step))
+            if measured:
+                send({"step": step.step, "measured": measured.model_dump(mode="json")})
             done = step.step == config.train.steps
             if done or (every and step.step % every == 0):
                 loss = trainer.validate()
@@ -211,7 +214,7 @@ class Log:
                 f"(unigram entropy {self._entropy:.4f})",
                 soft_wrap=True,
             )
-        else:
+        elif "measured" not in message:
             if self._fault:
                 self._recovered(self._fault)
             if self._silent_since is not None:

@@ -1,10 +1,10 @@
-"""What a verification found, as plain data: printed as a table, written as JSON, drawn in the report."""
+"""What a step did and what a verification found, as plain data: a table, JSON, the report's drawings."""
 
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 
-__all__ = ["PLAIN", "Amount", "Difference", "Span", "Verdict", "Verdicts"]
+__all__ = ["PLAIN", "Amount", "Difference", "Measured", "Span", "Verdict", "Verdicts"]
 
 PLAIN = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 """Of records that are written as JSON: unknown keys are refused, and what is no number survives."""
@@ -51,8 +51,8 @@ class Span(BaseModel):
     bytes: int = 0
 
 
-class Verdict(BaseModel):
-    """One config, held against its reference."""
+class Measured(BaseModel):
+    """What was trained, and what one step of it sent, held and did when, beside what theory says."""
 
     model_config = PLAIN
 
@@ -62,6 +62,17 @@ class Verdict(BaseModel):
     mesh: str
     dtype: str
     world: int
+    config: dict[str, Any] = {}
+    traffic: dict[str, Amount] = {}  # "all_reduce dp": bytes sent by a rank in one step
+    memory: dict[str, Amount] = {}  # "parameters", "gradients", "optimizer": bytes held by a rank after a step
+    peak: list[int] = []  # most bytes live at once during a step, by rank; empty if not measured
+    timeline: list[list[Span]] = []  # by rank, of one step
+    unmeasured: list[str] = []  # what of it could not be measured, and why: sentences
+
+
+class Verdict(Measured):
+    """One config, held against its reference."""
+
     status: Literal["held", "mismatch", "failed", "unsupported"]
     tolerance: float = 0.0
     loss: float = 0.0  # largest relative error over the steps
@@ -71,13 +82,8 @@ class Verdict(BaseModel):
     reported: list[Difference] = []  # the same, of AdamW, which is told and never judged
     cause: str = ""  # in words, of a mismatch; the reason, of a failed or unsupported case
     seconds: float = 0.0
-    traffic: dict[str, Amount] = {}  # "all_reduce dp": bytes sent by a rank in one step
-    memory: dict[str, Amount] = {}  # "parameters", "gradients", "optimizer": bytes held by a rank after a step
-    peak: list[int] = []  # most bytes live at once during a step, by rank; empty if not measured
     losses: list[float] = []
     reference_losses: list[float] = []
-    timeline: list[list[Span]] = []  # by rank, of one step
-    config: dict[str, Any] = {}  # what was run
 
     @model_validator(mode="before")
     @classmethod

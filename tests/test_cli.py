@@ -263,6 +263,12 @@ def test_a_run_writes_its_metrics(sandbox: Run, config: Path, tmp_path: Path) ->
     checks = [m for m in rest if "validation_loss" in m]
     assert [m["step"] for m in checks] == [2, 3]
     assert all(set(m) == {"step", "validation_loss", "bits_per_byte"} for m in checks)
+    (measured,) = [m for m in rest if "measured" in m]
+    assert measured["step"] == 3
+    assert sandbox("report", "runs/small", "--out", "page.html").code == 0
+    page = (tmp_path / "page.html").read_text()
+    for part in ("loss, nats a token", "Memory by rank", "Bytes sent in a step", "One step in time", "backward blocks"):
+        assert part in page
     assert "zero2 on 2 ranks (dp 2)" in answer.out
     assert "step 3/3  loss" in answer.out
 
@@ -284,6 +290,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
     assert lines(cut)[0]["run"]["from_step"] == 2
     assert losses(cut) == {step: values for step, values in losses(whole).items() if step > 2}
     assert sorted(path.name for path in (cut / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert [[m["step"] for m in lines(folder) if "measured" in m] for folder in (whole, cut)] == [[3], [4]]
 
 
 @parity

@@ -6,6 +6,7 @@
 import json
 import math
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from sandbox.report.links import LinkStep, SlowLink
 from sandbox.report.picture import pictures
 from sandbox.report.record import RunRecord
 from sandbox.report.tables import Report
-from sandbox.verdict import Amount, Difference, Span, Verdict, Verdicts
+from sandbox.verdict import Amount, Difference, Measured, Span, Verdict, Verdicts
 
 pytestmark = pytest.mark.unit
 
@@ -394,8 +395,31 @@ class TestPage:
         bare = Verdict(
             name="bare", engine="native", strategy="ddp", mesh="dp 2", dtype="float64", world=2, status="held"
         )
-        assert "How did it train, and over what?" in page(tmp_path, Verdicts())
+        assert "How did it train, and at what cost?" in page(tmp_path, Verdicts())
         assert "All held" in page(tmp_path, Verdicts(cases=[bare]))
+
+    def test_a_run_is_drawn_as_a_case_is_and_instead_of_it(self, tmp_path: Path) -> None:
+        case = one()
+        seen = {name: getattr(case, name) for name in Measured.model_fields}
+        run = runs()[0].model_copy(update={"measured": Measured(**seen)})
+        drawings = re.compile("<article.*?</article>|<figure class=.timeline.*?</figure>", re.DOTALL)
+        alone = drawings.findall(page(tmp_path, Verdicts(), [run]))
+        assert len(alone) == 5, "memory, bytes, timeline, and two of links"
+        unnamed = [text.replace(f"{case.name} · ", "") for text in alone]
+        assert unnamed == drawings.findall(page(tmp_path, Verdicts(cases=[case])))
+        assert alone == drawings.findall(page(tmp_path, Verdicts(cases=[case]), [run]))
+        both = drawings.findall(page(tmp_path, Verdicts(cases=[case, one(strategy="zero9")]), [run]))
+        assert len(both) == len(alone) + 3
+
+    def test_what_was_not_measured_is_told(self, tmp_path: Path) -> None:
+        told = "No memory, bytes and timeline of it"
+        assert told in page(tmp_path, Verdicts(), runs())
+        seen = {name: getattr(one(), name) for name in Measured.model_fields}
+        untimed = Measured(**{**seen, "timeline": [[], []], "unmeasured": ["No clock."]})
+        text = page(tmp_path, Verdicts(), [runs()[0].model_copy(update={"measured": untimed})])
+        assert told not in text
+        assert '<p class="note">No clock.</p>' in text
+        assert '<figure class="timeline">' in text
 
     def test_the_axis_is_monotone_and_bounded(self) -> None:
         places = [float(html._position(e)) for e in (0, 1e-30, 1e-18, 1e-12, 1e-3, 1, 100)]
@@ -504,6 +528,16 @@ class TestRunRecord:
     def test_the_last_word_on_a_step_counts(self, tmp_path: Path) -> None:
         again = self.text() + json.dumps({"step": 1, "loss": 4.5}) + "\n"
         assert RunRecord.read(self.folder(tmp_path, again)).losses == [(0, 5.0), (1, 4.5), (2, 3.0)]
+
+    def test_the_newest_measurement_counts(self, tmp_path: Path) -> None:
+        seen = {"name": "r", "engine": "native", "strategy": "ddp", "dtype": "float32"}
+        lines = [{"step": w, "measured": {**seen, "mesh": f"dp {w}", "world": w}} for w in (4, 3)]
+        text = self.text() + "".join(json.dumps(line) + "\n" for line in lines)
+        measured = RunRecord.read(self.folder(tmp_path, text)).measured
+        assert measured
+        assert (measured.mesh, measured.world) == ("dp 3", 3)
+        with pytest.raises(ConfigError, match="is not what a run writes"):
+            RunRecord.read(self.folder(tmp_path, text + json.dumps({"measured": {"world": 2}}) + "\n"))
 
     def test_a_damaged_file_is_the_users_to_know(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="line 1 is not JSON"):

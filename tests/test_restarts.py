@@ -19,6 +19,7 @@ from traced import Traced
 from sandbox import run
 from sandbox.config import Config, load
 from sandbox.errors import CheckpointError, ConfigError, MeshError, TrainingError, WorkerError
+from sandbox.report.record import RunRecord
 from sandbox.supervisor import Supervision, resized, smaller, supervise
 
 unit, parity, pytestmark = pytest.mark.unit, pytest.mark.parity, pytest.mark.recovery
@@ -272,6 +273,10 @@ def test_torchrun_starts_again_and_the_run_goes_on_from_its_last_checkpoint(
     assert len(starts) == 2
     assert starts[1] > 0
     assert set(steps(folder)) == set(steps(tmp_path / "whole"))
+    assert [line for line in metrics(folder) if "measured" in line][-1]["step"] > starts[1]
+    measured = RunRecord.read(folder).measured
+    assert measured
+    assert [bool(spans) for spans in measured.timeline] == [True, True]
     assert not traced.processes()
 
 

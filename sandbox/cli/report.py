@@ -59,7 +59,8 @@ def report(
         )
     from sandbox.report.picture import pictures
 
-    write(out, verdicts, runs=runs, pictures=pictures(verdicts.cases), links=links)
+    measured = [run.measured for run in runs if run.measured]
+    write(out, verdicts, runs=runs, pictures=pictures(verdicts.cases, measured), links=links)
     terminal().print(f"wrote {out}")
     if picture:
         from sandbox.report.hero import hero

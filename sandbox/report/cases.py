@@ -1,12 +1,12 @@
 """Which cases to draw, and what they hold in memory: shared by the page and the figure."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from sandbox.report import words
-from sandbox.verdict import Amount, Verdict
+from sandbox.verdict import Amount, Measured, Verdict
 
-__all__ = ["PARTS", "Group", "Held", "groups", "held", "representatives"]
+__all__ = ["PARTS", "Group", "Held", "drawn", "groups", "held", "representatives"]
 
 PARTS = ("parameters", "gradients", "optimizer", "activations")
 """What memory is for. Theory has nothing on the last: it is what the peak has beyond the others."""
@@ -45,13 +45,20 @@ def groups(cases: Iterable[Verdict]) -> list[Group]:
     return [group for group in found if group.cases]
 
 
-def representatives(cases: Iterable[Verdict], having: Callable[[Verdict], bool]) -> list[Verdict]:
+def representatives(cases: Iterable[Verdict], having: Callable[[Measured], bool]) -> list[Verdict]:
     """Of every strategy and engine the case on most ranks: charts of all would say little more."""
     drawn = groups(case for case in cases if case.status in ("held", "mismatch") and having(case))
     return [max(group.cases, key=lambda case: (case.status == "held", case.world)) for group in drawn]
 
 
-def held(case: Verdict) -> list[Held]:
+def drawn(runs: Sequence[Measured], cases: Iterable[Verdict], having: Callable[[Measured], bool]) -> list[Measured]:
+    """All `runs`, and representatives of what they are not of."""
+    taken = {(run.strategy, run.engine) for run in runs}
+    others = (case for case in cases if (case.strategy, case.engine) not in taken)
+    return [*filter(having, runs), *representatives(others, having)]
+
+
+def held(case: Measured) -> list[Held]:
     """What each rank holds."""
     ranks = [Held({}, {}) for _ in range(case.world)]
     for part in PARTS[:-1]:

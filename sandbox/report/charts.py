@@ -10,7 +10,7 @@ from typing import NamedTuple
 from sandbox.report import words
 from sandbox.report.cases import held
 from sandbox.report.record import RunRecord
-from sandbox.verdict import Amount, Span, Verdict
+from sandbox.verdict import Amount, Measured, Span
 
 __all__ = ["kinds", "memory", "timeline", "traffic", "training"]
 
@@ -45,7 +45,7 @@ class Rank(NamedTuple):
     total: int
 
 
-def memory(cases: Sequence[Verdict]) -> list[tuple[Verdict, list[Rank]]]:
+def memory(cases: Sequence[Measured]) -> list[tuple[Measured, list[Rank]]]:
     """All cases on one scale, so that what sharding saves is seen."""
     by_case = [(case, held(case)) for case in cases]
     scale = max((sum(side.values()) for _, ranks in by_case for rank in ranks for side in rank), default=0) or 1
@@ -73,7 +73,7 @@ class Sent(NamedTuple):
     factor: str
 
 
-def traffic(cases: Sequence[Verdict]) -> list[tuple[Verdict, list[Sent]]]:
+def traffic(cases: Sequence[Measured]) -> list[tuple[Measured, list[Sent]]]:
     """All cases on one scale."""
     amounts = [amount for case in cases for amount in case.traffic.values()]
     scale = max((value for a in amounts for value in (*a.measured, *a.predicted)), default=0) or 1
@@ -86,19 +86,19 @@ def traffic(cases: Sequence[Verdict]) -> list[tuple[Verdict, list[Sent]]]:
 
 
 class Timeline(NamedTuple):
-    """One step of one case: by rank, the pieces of its two lanes; ticks in milliseconds."""
+    """One step of one case: by rank, the pieces of its two lanes; ticks in milliseconds. No ranks: it was not timed."""
 
-    case: Verdict
+    case: Measured
     kinds: list[str]
     ranks: list[tuple[list[Bar], list[Bar]]]
     ticks: list[tuple[float, str]]
 
 
-def timeline(case: Verdict) -> Timeline:
+def timeline(case: Measured) -> Timeline:
     """The step of `case` that was timed: from 0 to the end of its last span is 100 %."""
-    length = max(span.end for spans in case.timeline for span in spans) or 1.0
+    length = max((span.end for spans in case.timeline for span in spans), default=0.0) or 1.0
     ranks = []
-    for spans in case.timeline:
+    for spans in case.timeline if any(case.timeline) else []:
         compute, collective = (
             [
                 Bar(

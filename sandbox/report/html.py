@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from sandbox.errors import SandboxError
 from sandbox.report import charts, words
-from sandbox.report.cases import PARTS, groups, representatives
+from sandbox.report.cases import PARTS, drawn, groups
 from sandbox.report.links import SlowLink
 from sandbox.report.record import RunRecord
-from sandbox.verdict import Verdict, Verdicts
+from sandbox.verdict import Measured, Verdict, Verdicts
 
 __all__ = ["write"]
 
@@ -28,7 +28,7 @@ def write(
     verdicts: Verdicts,
     *,
     runs: Sequence[RunRecord] = (),
-    pictures: Sequence[tuple[Verdict, str]] = (),
+    pictures: Sequence[tuple[Measured, str]] = (),
     links: Sequence[SlowLink] = (),
     when: date | None = None,
 ) -> None:
@@ -48,19 +48,22 @@ def write(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"error": words.error, "size": words.size, "duration": words.duration, "at": _position}
-    cases = verdicts.cases
+    cases, measured = verdicts.cases, [run.measured for run in runs if run.measured]
+    sent = drawn(measured, cases, lambda case: bool(case.traffic))
+    held = drawn(measured, cases, lambda case: bool(case.memory))
+    timed = drawn(measured, cases, lambda case: any(case.timeline) or bool(case.unmeasured))
     page = environment.get_template("page.html").render(
         verdicts=verdicts,
         when=when or date.today(),
         words=words,
         groups=groups(cases),
-        facts=_facts(cases),
-        kinds=charts.kinds(name for case in cases for name in case.traffic),
+        facts=[*_facts(cases)] if cases else [*_of_training(runs)],
+        kinds=charts.kinds(name for case in sent for name in case.traffic),
         ticks=[0.0, *(10.0**power for power in range(LOWEST, 1, 3))],
         parts=PARTS,
-        memory=charts.memory(representatives(cases, lambda case: bool(case.memory))),
-        traffic=charts.traffic(representatives(cases, lambda case: bool(case.traffic))),
-        timelines=[charts.timeline(case) for case in representatives(cases, lambda case: any(case.timeline))],
+        memory=charts.memory(held),
+        traffic=charts.traffic(sent),
+        timelines=[charts.timeline(case) for case in timed],
         pictures=pictures,
         links=links,
         runs=[charts.training(run) for run in runs if len(run.losses) > 1],
@@ -96,6 +99,23 @@ def _facts(cases: Sequence[Verdict]) -> Iterator[Fact]:
         compared = [words.factor(case) for case in amounts if case]
         if compared:
             yield Fact(f"{compared.count('1')} of {len(compared)}", text)
+
+
+def _of_training(runs: Sequence[RunRecord]) -> Iterator[Fact]:
+    learned = [(run.validation[-1][1], run) for run in runs if run.validation]
+    if learned:
+        loss, run = min(learned, key=lambda one: one[0])
+        beside = "" if run.unigram_entropy is None else f"; counting tokens would give {run.unigram_entropy:.2f}"
+        yield Fact(f"{loss:.3f}", f"nats a token on held-out text, after {run.validation[-1][0]} steps{beside}")
+    measured = [run.measured for run in runs if run.measured]
+    for text, amounts in (
+        ("bytes sent in a step, over those of theory", [a for one in measured for a in one.traffic.values()]),
+        ("bytes held after a step, over those of theory", [a for one in measured for a in one.memory.values()]),
+    ):
+        if amounts:
+            yield Fact(f"{words.factor(amounts)} \N{MULTIPLICATION SIGN}", text)
+    if peak := max((bytes_ for one in measured for bytes_ in one.peak), default=0):
+        yield Fact(words.size(peak), "at most in tensors on a rank, within a step")
 
 
 def _position(value: float) -> str:

@@ -1,7 +1,7 @@
 """A config as a picture: who holds what, schedule, ring, experts. All of it from what the strategies themselves say."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from sandbox.mesh import Mesh
 from sandbox.model import build
 from sandbox.orders import LOOPED
 from sandbox.plan import layouts, name_of, plan, predict
-from sandbox.report.cases import representatives
+from sandbox.report.cases import drawn
 from sandbox.report.columns import exchange, scores, strips, travel
 from sandbox.report.schedule import WIDEST, gantt, legend
 from sandbox.report.svg import RANKS, Drawing, stack
@@ -18,7 +18,7 @@ from sandbox.report.tensors import Box, Drawn, Held, boxes, held, tensors
 from sandbox.report.tokens import visit
 from sandbox.report.words import size
 from sandbox.schedules import SCHEDULES, finish_times, make
-from sandbox.verdict import Verdict
+from sandbox.verdict import Measured, Verdict
 
 __all__ = ["gallery", "picture", "pictures"]
 
@@ -55,9 +55,9 @@ def gallery(ranks: int = 4, microbatches: int = 8) -> str:
     return stack([*drawings, legend(list(made.values()))], 20).svg("schedules of a pipeline")
 
 
-def pictures(cases: Iterable[Verdict]) -> list[tuple[Verdict, str]]:
-    """Of every native strategy the case on most ranks, with its picture as a part of a page."""
-    chosen = representatives(cases, lambda case: bool(case.config) and case.engine == "native")
+def pictures(cases: Iterable[Verdict], runs: Sequence[Measured] = ()) -> list[tuple[Measured, str]]:
+    """Runs, and of every other native strategy the case on most ranks, with its picture as a part of a page."""
+    chosen = drawn(runs, cases, lambda case: bool(case.config) and case.engine == "native")
     return [(case, picture(Config.model_validate(case.config), alone=False)) for case in chosen]
 
 

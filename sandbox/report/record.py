@@ -7,6 +7,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict
 
 from sandbox.errors import ConfigError
+from sandbox.verdict import Measured
 
 __all__ = ["RunRecord"]
 
@@ -26,6 +27,7 @@ class RunRecord(BaseModel):
     grad_norm: list[tuple[int, float]] = []  # before clipping
     unigram_entropy: float | None = None  # nats a token: what counting tokens alone would reach
     tokens_per_second: float | None = None  # median over the steps
+    measured: Measured | None = None  # one step, of the newest start that measured one
 
     @classmethod
     def read(cls, folder: Path, *, reference: Path | None = None) -> Self:
@@ -36,6 +38,7 @@ class RunRecord(BaseModel):
         try:
             lines = _lines(folder / "metrics.jsonl")
             head: dict[str, Any] = next((line["run"] for line in lines if "run" in line), {})
+            steps = [line["measured"] for line in lines if "measured" in line]
             speeds = sorted(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
             return cls(
                 name=head.get("name", folder.name),
@@ -48,6 +51,7 @@ class RunRecord(BaseModel):
                 grad_norm=_curve(lines, "grad_norm"),
                 unigram_entropy=head.get("unigram_entropy"),
                 tokens_per_second=speeds[len(speeds) // 2] if speeds else None,
+                measured=Measured.model_validate(steps[-1]) if steps else None,
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             text = f"{type(error).__name__}: {error}"[:200]

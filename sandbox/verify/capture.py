@@ -1,7 +1,7 @@
 """What one rank did in three steps, taken down for comparison. Runs inside the rank; imports nothing of the verdict."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, Self
@@ -14,17 +14,13 @@ from sandbox.comm import Recorder
 from sandbox.config import Config
 from sandbox.data import Corpus
 from sandbox.layout import Layout, local
-from sandbox.measure import Peak, Timeline, Traffic, held
+from sandbox.measure import Figures, Peak, timed
 from sandbox.mesh import Mesh
 from sandbox.program import Program
 from sandbox.runtime import Member
 from sandbox.trainer import Trainer
-from sandbox.verdict import Span
 
-__all__ = ["METRICS", "Capture", "Piece", "Pieces", "Subject", "capture"]
-
-METRICS = frozenset({"loss", "norm", "control"})
-"""Collectives of a few bytes that report rather than train; strategies do not predict them."""
+__all__ = ["Capture", "Piece", "Pieces", "Subject", "capture"]
 
 
 @dataclass(frozen=True)
@@ -73,8 +69,11 @@ class Subject(Protocol):
 
 
 @dataclass
-class Capture:
-    """One rank's part of a run, step by step. Tensors are local and on the CPU; nothing was gathered."""
+class Capture(Figures):
+    """One rank's part of a run, step by step. Tensors are local and on the CPU; nothing was gathered.
+
+    The figures are those of the last step, but for the peak: that of the last but one, if it is measured.
+    """
 
     place: dict[str, int] = field(default_factory=dict)  # axis -> this rank's coordinate
     losses: list[float] = field(default_factory=list)  # this rank's share
@@ -84,10 +83,6 @@ class Capture:
     parameters: list[Pieces] = field(default_factory=list)  # first values, then after each step
     buffers: list[Pieces] = field(default_factory=list)  # after each step: state that no optimizer updates
     tokens: list[list[tuple[int, int]]] = field(default_factory=list)  # (row, checksum) of the rows seen
-    traffic: dict[str, int] = field(default_factory=dict)  # of the last step
-    memory: dict[str, int] = field(default_factory=dict)  # after the last step
-    peak: int = 0
-    spans: list[Span] = field(default_factory=list)
 
 
 def capture(
@@ -118,14 +113,9 @@ def capture(
     for step in range(config.train.steps):
         last = step == config.train.steps - 1
         weigh = peak if measure_peak and step == config.train.steps - 2 else nullcontext()
-        recorder.sent.clear()
         batch = trainer.batch()
         taken.tokens.append(_digest(trainer.program.shard_batch(batch)))
-        with ExitStack() as watch:
-            if last:
-                if config.engine != "native":  # which sends through comm alone, and that counts by itself
-                    watch.enter_context(Traffic(mesh))
-                taken.spans = watch.enter_context(Timeline(trainer))
+        with timed(trainer, taken) if last else nullcontext():
             with weigh:
                 taken.losses.append(trainer.compute_gradients(batch).item())
             taken.gradients.append(Pieces.of(layouts, [p.grad for p in parameters.values() if p.grad is not None]))
@@ -134,12 +124,7 @@ def capture(
         taken.rates.append(trainer.optimizer.param_groups[0]["lr"])
         taken.parameters.append(Pieces.of(layouts, parameters.values()))
         taken.buffers.append(_buffers(trainer.program.model))
-        if last:
-            taken.traffic = {
-                key: round(sent) for key, sent in recorder.sent.items() if sent and key.split()[0] not in METRICS
-            }
-            taken.memory = held(trainer.program, trainer.optimizer)
-            taken.peak = peak.bytes
+    taken.peak = peak.bytes
     return taken
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from sandbox.config import Config
 from sandbox.errors import SandboxError, UnsupportedError
-from sandbox.measure import align
-from sandbox.plan import name_of, predict, preload
+from sandbox.measure import fill
+from sandbox.plan import name_of, preload
 from sandbox.runtime import launch, warm
 from sandbox.trainer import Trainer
 from sandbox.verdict import Amount, Difference, Verdict
@@ -132,11 +132,7 @@ class Verifier:
             weights=misweighted(ranks, reference.rows, config),
             amounts="",
         )
-        if case.subject is None:
-            predictions = predict(config)
-            least = [p.least for p in predictions]
-            verdict.traffic = _amounts([p.traffic for p in predictions], [r.traffic for r in ranks], least)
-            verdict.memory = _amounts([p.memory for p in predictions], [r.memory for r in ranks], [])
+        fill(verdict, config, ranks, theory=case.subject is None)
         found = replace(found, amounts=_unexpected(verdict.traffic, "sent") or _unexpected(verdict.memory, "held"))
         verdict.tolerance = found.tolerance
         verdict.losses, verdict.reference_losses = losses, expected
@@ -145,8 +141,6 @@ class Verifier:
         verdict.parameters, verdict.reported = (
             (list(parameters[-1]), []) if judged == config.train.steps else ([], list(parameters[-1]))
         )
-        verdict.peak = [rank.peak for rank in ranks] if self._measure_peak else []
-        verdict.timeline = align([rank.spans for rank in ranks])
         good = (
             _largest([verdict.loss, verdict.norm]) <= found.tolerance
             and not any(found.wrong(step) for step in (*found.gradients, *found.parameters, *found.buffers))
@@ -181,22 +175,6 @@ def _worst(steps: Sequence[Sequence[Difference]]) -> list[Difference]:
         if max(difference.error, difference.drift) > max(known.error, known.drift):
             worst[difference.tensor] = difference
     return sorted(worst.values(), key=lambda d: -max(d.error, d.drift))
-
-
-def _amounts(
-    predicted: Sequence[Mapping[str, float]],
-    measured: Sequence[Mapping[str, int]],
-    least: Sequence[Mapping[str, float]],
-) -> dict[str, Amount]:
-    keys = dict.fromkeys(key for ranks in (predicted, measured) for rank in ranks for key in rank)
-    return {
-        key: Amount(
-            predicted=[int(r.get(key, 0)) for r in predicted],
-            measured=[r.get(key, 0) for r in measured],
-            least=[int(r[key]) for r in least if key in r],
-        )
-        for key in keys
-    }
 
 
 def _unexpected(amounts: Mapping[str, Amount], verb: str) -> str:
