@@ -9,6 +9,7 @@ A strategy is a module, found by its place: `sandbox/strategies/NAME.py` for the
     predict         (model on meta, mesh on paper, options, config) -> Prediction
 
     check           optional: (config, options) -> None, raises ConfigError with the nearest setting that would work
+    ahead           optional: (config, options) -> None, what is done once before ranks start, such as to compile
     schedule        optional: (config, options) -> Schedule, who does what when, for `explain` to draw
     columns         optional: (sequence, ranks, order) -> the columns of each rank, for `explain` to draw
     dealt           optional: (config) -> the experts of each rank, for `explain` to draw
@@ -16,7 +17,8 @@ A strategy is a module, found by its place: `sandbox/strategies/NAME.py` for the
     ROUNDS          optional: in bfloat16, the model's own parameters are bfloat16 too
 
 and its docstring is what `sandbox explain` prints. An engine's package may hold UNSUPPORTED: strategy -> reason,
-REQUIRES: the packages that have to be installed, and PRELOAD: what to import once instead of in each rank.
+REQUIRES: the packages that have to be installed, PRELOAD: what to import once instead of in each rank, and `compiled`:
+() -> what of it has to be compiled here, and whether it is, for `doctor` to say.
 """
 
 import difflib
@@ -47,10 +49,12 @@ __all__ = [
     "USUAL",
     "Planned",
     "Strategy",
+    "compiled",
     "engines",
     "find",
     "finest",
     "fold",
+    "get_ready",
     "layouts",
     "missing",
     "name_of",
@@ -159,6 +163,19 @@ def plan(config: Config) -> list[Planned]:
     if required(config.engine) and config.model.experts:
         raise UnsupportedError(f"model.experts: not tried under engine {config.engine}. Set model.experts: 0.")
     return active
+
+
+def get_ready(config: Config) -> None:
+    """Do what the strategies of `config` need done once before ranks start. Raises ConfigError: it cannot be."""
+    for planned in plan(config):
+        if hasattr(planned.strategy, "ahead"):
+            planned.strategy.ahead(config, planned.options)
+
+
+def compiled(engine: str) -> str:
+    """What an engine that is installed has to have compiled here, and whether it is, for people; mostly nothing."""
+    say = getattr(importlib.import_module(_package(engine)), "compiled", str)
+    return cast(str, say())
 
 
 def name_of(config: Config) -> str:

@@ -20,7 +20,7 @@ from sandbox.errors import CheckpointError, ConfigError, TrainingError, WorkerEr
 from sandbox.measure import measured_run
 from sandbox.mesh import Mesh
 from sandbox.model import build
-from sandbox.plan import name_of, plan
+from sandbox.plan import get_ready, name_of, plan
 from sandbox.runtime import Member, attach, attached, launch, started
 from sandbox.supervisor import Supervision, resized, supervise
 from sandbox.trainer import Step, Trainer
@@ -121,6 +121,7 @@ def start(
             "or remove it."
         )
     silent = _last_written(folder / "metrics.jsonl") if found and attached() else None
+    get_ready(config)
     with Log(folder, config.train.steps, append=found is not None, notes=notes, silent_since=silent) as log:
         options: dict[str, Any] = {"timeout": config.run.timeout, "on_message": log.take}
         if attached():

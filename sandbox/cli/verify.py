@@ -1,6 +1,7 @@
 """`sandbox verify`, and `sandbox faults`, which shows that it finds what it should."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from sandbox.cli.arguments import Set, read, terminal, version_of, writable
-from sandbox.errors import ConfigError
+from sandbox.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from sandbox.verify import Case, Verdicts
@@ -101,9 +102,13 @@ def _verify(
 
     from rich.progress import track
 
+    from sandbox.plan import get_ready
     from sandbox.runtime import attach, attached
     from sandbox.verify import Verdict, Verdicts, Verifier, together
 
+    for case in cases:
+        with suppress(UnsupportedError):  # that becomes its verdict
+            get_ready(case.config)
     started = time.perf_counter()
 
     def gathered(verdicts: list[Verdict]) -> Verdicts:

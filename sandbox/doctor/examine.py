@@ -10,7 +10,7 @@ from sandbox.config import Config, Data, DataAxis, Mesh, Model, Train
 from sandbox.doctor.collectives import exercise
 from sandbox.doctor.finding import Finding
 from sandbox.errors import SandboxError
-from sandbox.plan import engines, find, strategies
+from sandbox.plan import compiled, engines, find, strategies
 from sandbox.runtime import launch
 from sandbox.verify import Case, Verifier, fixture
 
@@ -73,6 +73,6 @@ def _state(engine: str, verifier: Verifier) -> Finding:
         verdict = verifier.verify(Case(fixture(config, dtype)))
         if verdict.status != "unsupported":
             break
-    found = f"{there}, {name} on 2 ranks {verdict.status}"
+    found = ", ".join(filter(None, (there, f"{name} on 2 ranks {verdict.status}", compiled(engine))))
     wrong = "" if verdict.held else f"Engine {engine} is installed, but {name} {verdict.status}: {verdict.cause}"
     return Finding(f"engine {engine}", found, wrong)

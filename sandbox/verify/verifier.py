@@ -16,7 +16,7 @@ from typing import Any
 from sandbox.config import Config
 from sandbox.errors import SandboxError, UnsupportedError
 from sandbox.measure import fill
-from sandbox.plan import name_of, preload
+from sandbox.plan import get_ready, name_of, preload
 from sandbox.runtime import launch, warm
 from sandbox.trainer import Trainer
 from sandbox.verdict import Amount, Difference, Verdict
@@ -94,6 +94,7 @@ class Verifier:
         )
         try:
             verdict.strategy = name_of(config)
+            get_ready(config)
             warm(*preload(config.engine))
             reference = self.references.of(config, case.subject)
             started = time.perf_counter()

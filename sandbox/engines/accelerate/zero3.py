@@ -20,7 +20,7 @@ from sandbox.program import Program
 AXIS = "dp"
 REFUSES = zero3.REFUSES
 ROUNDS = zero3.ROUNDS
-check = zero3.check
+check, ahead = zero3.check, zero3.ahead
 
 
 class Options(zero3.Options):

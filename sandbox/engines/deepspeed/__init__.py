@@ -1,5 +1,7 @@
 """Engine `deepspeed`: DeepSpeed's own engine, optimizer and accumulation, in the slots of `sandbox.program`."""
 
+from sandbox.engines.deepspeed._cpu_adam import compiled as compiled
+
 REQUIRES = ("deepspeed",)
 """Packages that have to be installed, of the extra `engines`."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sandbox.config import Config
-from sandbox.engines.deepspeed import _engine
+from sandbox.engines.deepspeed import _cpu_adam, _engine
 from sandbox.mesh import Mesh
 from sandbox.partition import even
 from sandbox.program import Program, materialise
@@ -25,13 +25,14 @@ NORMS = ("q_norm", "k_norm")
 def start(
     program: Program, mesh: Mesh, zero: Mapping[str, Any], initialize: Callable[..., Any] = _engine.initialize
 ) -> tuple[Program, Any, torch.optim.Optimizer]:
-    """Return `program` with what this rank has of each parameter, an engine around its model, and torch's optimizer.
+    """Return `program` with what this rank has of each parameter, an engine around its model, and its optimizer.
 
     `zero` is the section `zero_optimization` of the engine's config. `initialize` makes the engine.
     """
     axis, model, layout = mesh.axis("tp"), program.model, dict(program.layout)
     parameters = materialise(program)
-    inner = program.make_optimizer(replace(program, parameters=parameters))
+    ours = program.make_optimizer(replace(program, parameters=parameters))
+    inner = _cpu_adam.optimizer(ours, offload="offload_optimizer" in zero)
     if axis.size == 1:
         whole = replace(program, parameters=parameters)
         return whole, initialize(program, inner, zero), inner

@@ -48,13 +48,13 @@ def initialize(program: Program, optimizer: torch.optim.Optimizer, zero: Mapping
 
 
 def prepare() -> None:
-    """Import DeepSpeed in this rank, quiet, and without its compiled operators."""
+    """Import DeepSpeed in this rank, quiet, and without the operators that it would compile."""
     os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}  # read by DeepSpeed
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
     from sandbox.engines.deepspeed._quiet import deepspeed
 
-    # Of its compiled operators none is used: to ask which are possible runs compilers on every rank, and the one for
-    # all-reduces over shared memory would be built, for a minute, as its backend starts
+    # Of its compiled operators only CPU Adam is used, and built ahead: to ask which are possible runs compilers on
+    # every rank, and the one for all-reduces over shared memory would be built, for a minute, as its backend starts
     deepspeed.ops.__compatible_ops__ = {}
     warnings.filterwarnings("ignore", "`torch.distributed.", FutureWarning)  # deprecated, and used by DeepSpeed
 
@@ -68,7 +68,7 @@ def settings(config: Config, zero: Mapping[str, Any]) -> dict[str, Any]:
         "bf16": {"enabled": config.train.dtype == "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's, or there would be nothing to hold it against
+        "zero_force_ds_cpu_optimizer": False,  # of SGD it has none of its own
         "zero_optimization": dict(zero),
     }
 
@@ -81,7 +81,7 @@ def drive(
     collect: Callable[[], None],
     backward: Callable[[Tensor, bool], None] | None = None,
 ) -> Program:
-    """Return `program` run by the `engine`, whose torch optimizer is `inner`.
+    """Return `program` run by the `engine`, whose optimizer of parameters is `inner`.
 
     After the last microbatch, `collect` hands the engine's gradients to the program's parameters. `backward` takes a
     microbatch's loss, and whether it is the last one.
@@ -107,7 +107,7 @@ def drive(
         collect()
         return total
 
-    restored = unless_stepped(inner, lambda: bring_up_to_date(engine))
+    restored = unless_stepped(inner, lambda: bring_up_to_date(engine, inner))
 
     def refresh() -> None:
         program.refresh()
@@ -127,7 +127,7 @@ def drive(
 
 
 class EngineOptimizer:
-    """The engine's step as an optimizer's: rates and state are those of the torch optimizer inside it.
+    """The engine's step as an optimizer's: rates and state are those of the one inside it.
 
     `parameters`: those of the program.
     """

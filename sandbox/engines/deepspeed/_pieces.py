@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sandbox.engines.deepspeed import _cpu_adam
 from sandbox.errors import CheckpointError
 
 __all__ = ["ByPiece", "Kept", "bring_up_to_date", "flat_tensors"]
@@ -23,7 +24,7 @@ FLAT = {
 
 
 class ByPiece:
-    """The torch optimizer `inner` as if each of `pieces` were a parameter of its own: its group, and its state.
+    """The optimizer `inner` as if each of `pieces` were a parameter of its own: its group, and its state.
 
     Raises CheckpointError: a piece is no view of a flat tensor, so what is kept for it could not be found.
     """
@@ -34,18 +35,24 @@ class ByPiece:
 
 
 class Kept(MutableMapping[str, Tensor]):
-    """What is kept for the elements from `start` on of a flat tensor, by field: views, and the whole one's numbers."""
+    """What is kept for the elements from `start` on of a flat tensor, by field: views, and the whole one's numbers.
 
-    def __init__(self, state: MutableMapping[str, Any], flat: Tensor, start: int, numel: int) -> None:
-        self.state, self.flat, self.start, self.numel = state, flat, start, numel
+    With `counts` numbers are kept as int, as DeepSpeed's own optimizer does, and told as torch's would be.
+    """
+
+    def __init__(self, state: MutableMapping[str, Any], flat: Tensor, start: int, numel: int, counts: bool) -> None:
+        self.state, self.flat, self.start, self.numel, self.counts = state, flat, start, numel, counts
 
     def __getitem__(self, field: str) -> Tensor:
-        value = torch.as_tensor(self.state[field])
+        value = self.state[field]
+        if self.counts and not isinstance(value, Tensor):
+            return torch.tensor(float(value))
+        value = torch.as_tensor(value)
         return value.narrow(0, self.start, self.numel) if value.dim() else value
 
     def __setitem__(self, field: str, value: Tensor) -> None:
         if not value.dim():
-            self.state[field] = value
+            self.state[field] = int(value) if self.counts else value
             return
         if self.state.get(field) is None:
             self.state[field] = torch.zeros_like(self.flat)  # all of it, as the first step would
@@ -66,8 +73,10 @@ def flat_tensors(engine: Any) -> list[Tensor]:
     return list(getattr(engine.optimizer, FLAT.get(type(engine.optimizer).__name__, ""), ()))
 
 
-def bring_up_to_date(engine: Any) -> None:
-    """Give the model the values of the flat tensors, as a step does at its end."""
+def bring_up_to_date(engine: Any, inner: torch.optim.Optimizer) -> None:
+    """Give the model the values of the flat tensors, as a step does at its end, and `inner` the number of steps."""
+    if _cpu_adam.is_own(inner):
+        _cpu_adam.catch_up(inner)
     own = engine.optimizer
     if type(own).__name__ == "DeepSpeedZeroOptimizer_Stage3":
         for number in range(len(flat_tensors(engine))):
@@ -80,5 +89,6 @@ def _kept(inner: torch.optim.Optimizer, piece: Tensor, flats: Sequence[Tensor]) 
     for flat in flats:
         start = (piece.data_ptr() - flat.data_ptr()) // flat.element_size()
         if 0 <= start <= flat.numel() - piece.numel():
-            return Kept(inner.state[flat], flat.detach(), start, piece.numel())
+            counts = _cpu_adam.is_own(inner)
+            return Kept(inner.state[flat], flat.detach(), start, piece.numel(), counts)
     raise CheckpointError("engine deepspeed: its optimizer's state is out of reach. Set run.checkpoint_every: 0.")

@@ -126,12 +126,13 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
             partition_method="uniform",
             dynamic_shape=True,
         )
-    inner = program.make_optimizer(replace(program, parameters=params, layout=layout))
+    ours = program.make_optimizer(replace(program, parameters=params, layout=layout))
     zero, clips = {"stage": 0}, {"gradient_clipping": 0.0}
     if data > 1 and program.config.mesh.dp.strategy == "zero1":
         zero, clips = zero1.section(1, zero1.Options.model_validate(program.config.mesh.dp.options)), {}
         for name, param in params.items():  # tied are to it whole stages, and only the first counts in the norm
             param.ds_pipe_replicated = name == tied and axis.rank > 0  # type: ignore[attr-defined]
+    inner = _cpu_adam.optimizer(ours, offload="offload_optimizer" in zero)
     engine = _engine.initialize(replace(program, model=staged), inner, zero, **clips)
     take_step = engine._exec_optimizer_step
     engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {OptimizerStep: lambda engine: None}

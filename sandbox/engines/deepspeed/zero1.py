@@ -15,7 +15,8 @@ second copy of the own range in float32 even where parameters are float32: (1 + 
 with the step.
 
 In bfloat16 parameters, gradients and what travels are bfloat16, accumulated in float32. `offload` takes the code path
-that keeps the optimizer's side in the host's memory, which here is the same memory.
+that keeps the optimizer's side in the host's memory, which here is the same memory; and AdamW is then DeepSpeed's own,
+compiled ahead (_cpu_adam.py).
 
 Source: DeepSpeed 0.19.8; Rajbhandari et al., "ZeRO", SC 2020, 5.1.
 """
@@ -31,7 +32,7 @@ from sandbox.batch import Batch
 from sandbox.comm import Axis, ring_bytes
 from sandbox.config import Config
 from sandbox.config import Options as Base
-from sandbox.engines.deepspeed import _autotp, _engine
+from sandbox.engines.deepspeed import _autotp, _cpu_adam, _engine
 from sandbox.errors import UnsupportedError
 from sandbox.mesh import Mesh
 from sandbox.predict import Prediction, state_copies
@@ -50,11 +51,19 @@ class Options(Base):
 
 
 def check(config: Config, options: Options) -> None:
-    """Raises UnsupportedError: replicas."""
+    """Raises UnsupportedError: replicas. ConfigError: an optimizer that cannot be compiled here."""
     if config.mesh.dp.replicas > 1:
         raise UnsupportedError(
             "mesh.dp.replicas: DeepSpeed cuts optimizer state over all data ranks. Set mesh.dp.replicas: 1."
         )
+    if _cpu_adam.wanted(config, options.offload):
+        _cpu_adam.check()
+
+
+def ahead(config: Config, options: Options) -> None:
+    """Have DeepSpeed's AdamW compiled, if it is to be used. Raises ConfigError: it cannot be."""
+    if _cpu_adam.wanted(config, options.offload):
+        _cpu_adam.build()
 
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
@@ -119,10 +128,10 @@ def place(program: Program, axis: Axis) -> tuple[Program, Callable[[], None]]:
 def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
     """Bytes sent in one step and held after it, by this rank."""
     prediction = predict_stage(model, mesh, options, config, rounds=1)
-    if config.train.dtype != "bfloat16":
+    if config.train.dtype != "bfloat16" or options.offload:
         return prediction
     axis = mesh.axis("dp_shard", "cp")
-    padded = sum(parts(model, axis.size)) * axis.size * 2  # of its optimizer for bfloat16 alone
+    padded = sum(parts(model, axis.size)) * axis.size * 2  # of its optimizer for bfloat16 alone, which has no offload
     return replace(prediction, traffic={**prediction.traffic, f"all_reduce {axis.name}": ring_bytes(padded, axis.size)})
 
 

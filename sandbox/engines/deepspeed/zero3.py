@@ -38,7 +38,7 @@ from sandbox.program import Program
 AXIS = "dp"
 REFUSES = _engine.REFUSES
 ROUNDS = True
-check = zero1.check
+check, ahead = zero1.check, zero1.ahead
 
 
 class Options(Base):
