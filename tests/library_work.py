@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from sandbox.config import Config
 from sandbox.engines.accelerate._accelerator import make_accelerator
-from sandbox.engines.deepspeed import _engine
+from sandbox.engines.deepspeed import _cpu_adam, _engine
 from sandbox.runtime import Member
 from sandbox.trainer import Trainer
+from sandbox.verify.reference import _runs, _wholes, nudge
+
+Tensors = dict[str, Tensor]
 
 
 def linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -302,3 +305,60 @@ def ends_forget_each_other(trainer: Trainer) -> None:
 def replicas_forget_each_other(trainer: Trainer) -> None:
     """Each of DeepSpeed's pipelines keeps the gradients of its own rows."""
     trainer.optimizer.engine.pipeline_enable_backward_allreduce = False  # type: ignore[attr-defined]
+
+
+def reference_parameters(member: Member, config: Config) -> list[Tensors]:
+    """After the last step of the unsharded run, and of its neighbours."""
+    return [_wholes(run, "parameters")[-1] for run in _runs(member, config, nudge, None)[0]]
+
+
+def steps_by_its_own(trainer: Trainer) -> None:
+    """Change nothing, but see whose AdamW it is."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    inner = trainer.optimizer.engine.optimizer.optimizer  # type: ignore[attr-defined]
+    assert type(inner) is DeepSpeedCPUAdam
+
+
+def decays_into_the_gradient(trainer: Trainer) -> None:
+    """DeepSpeed's `adamw_mode=False`: Adam with the decay in its gradient."""
+    adam = trainer.optimizer.optim  # type: ignore[attr-defined]
+    adam.ds_opt_adam.create_adam(adam.opt_id, 0.0, 0.0, 0.0, 1e-8, 0.0, False, False)
+
+
+def bias_is_not_corrected(trainer: Trainer) -> None:
+    for group in trainer.optimizer.param_groups:
+        group["bias_correction"] = False
+
+
+def forgets_to_decay(trainer: Trainer) -> None:
+    for group in trainer.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+
+
+def paused(member: Member) -> tuple[Tensor, Tensor, Tensor]:
+    """A parameter after steps straight on; after a pause; and after one with nothing but its state loaded."""
+    _engine.prepare()
+
+    def adam() -> tuple[nn.Parameter, Any]:
+        param = nn.Parameter(torch.linspace(-1, 1, 1000))
+        return param, _cpu_adam.optimizer(torch.optim.AdamW([param], lr=0.01, betas=(0.9, 0.95)), offload=True)
+
+    def steps(param: nn.Parameter, optimizer: Any, numbers: range) -> Tensor:
+        for number in numbers:
+            param.grad = torch.linspace(1, 2 + number, 1000).sin()
+            optimizer.step()
+        return param.detach().clone()
+
+    straight_on = steps(*adam(), range(20))
+    ends = []
+    for catch_up in (_cpu_adam.catch_up, lambda optimizer: None):
+        param, optimizer = adam()
+        before = steps(param, optimizer, range(9))
+        again, resumed = adam()
+        with torch.no_grad():
+            again.copy_(before)
+        resumed.state[again] = optimizer.state[param]
+        catch_up(resumed)
+        ends.append(steps(again, resumed, range(9, 20)))
+    return straight_on, ends[0], ends[1]

@@ -12,9 +12,10 @@ import world
 
 from sandbox import checkpoint
 from sandbox.checkpoint import whole
+from sandbox.engines.deepspeed import _cpu_adam
 from sandbox.errors import CheckpointError
 from sandbox.model import build
-from sandbox.plan import preload
+from sandbox.plan import get_ready, preload
 from sandbox.runtime import launch, warm
 from sandbox.trainer import Trainer
 
@@ -25,11 +26,13 @@ FACTOR = 4
 @pytest.fixture(scope="module")
 def imported() -> None:
     warm(*preload("accelerate"), *preload("deepspeed"), *preload("fairscale"))
+    offloaded = work.config("deepspeed zero3 x 3", train={"optimizer": "adamw", "dtype": "float32"})
+    get_ready(offloaded)  # DeepSpeed's own AdamW is compiled
 
 
 @parity
 @engines
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(_cpu_adam.TIMEOUT)
 def test_a_training_goes_on_from_library_to_library(tmp_path: Path, imported: None) -> None:
     """A step in each. What one has loaded, saved again, are the bits that the last one saved: `relay` sees to that.
 
@@ -43,6 +46,17 @@ def test_a_training_goes_on_from_library_to_library(tmp_path: Path, imported: No
 
 @parity
 @engines
+@pytest.mark.timeout(_cpu_adam.TIMEOUT)
+def test_deepspeed_s_own_adamw_goes_on_from_torch_s_and_torch_s_from_it(tmp_path: Path, imported: None) -> None:
+    layouts, native = ["zero2 x 3", "deepspeed zero3 x 3", "tp 2"], ["zero2 x 3", "unsharded", "tp 2"]
+    adamw: dict[str, Any] = {"dtype": "float32", "optimizer": "adamw", "lr": 0.003}
+    rounding = max(work.relay(native, tmp_path / "native", **adamw))
+    assert max(work.relay(layouts, tmp_path / "libraries", **adamw)) <= FACTOR * rounding
+
+
+@parity
+@engines
+@pytest.mark.timeout(_cpu_adam.TIMEOUT)
 def test_a_step_after_lost_moments_would_be_seen(tmp_path: Path, imported: None) -> None:
     right, wrong = work.relay(["deepspeed zero2 x 2", "zero2 x 3"], tmp_path, work.moments_dropped, dtype="float32")
     assert wrong > 100 * right
@@ -50,12 +64,14 @@ def test_a_step_after_lost_moments_would_be_seen(tmp_path: Path, imported: None)
 
 @parity
 @engines
+@pytest.mark.timeout(_cpu_adam.TIMEOUT)
 @pytest.mark.parametrize(
     ("layout", "dtype"),
     [
         ("deepspeed zero2 x 2", "float32"),
         ("accelerate zero3 x 2", "float32"),
         ("deepspeed zero1 x 2, tp 2", "bfloat16"),
+        ("deepspeed zero3 x 3", "float32"),  # offloaded
     ],
 )
 def test_a_library_goes_on_from_its_own_checkpoint_to_the_bit(

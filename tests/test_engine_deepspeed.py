@@ -1,23 +1,29 @@
 """DeepSpeed by itself: what docs/what-the-libraries-do-differently.md says of it is still so."""
 
 import functools
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import library_work as work
 import pytest
 import torch
 import world
 
-from sandbox.config import Data
-from sandbox.engines.deepspeed import UNSUPPORTED
-from sandbox.errors import UnsupportedError
-from sandbox.plan import find, finest, plan, predict, preload
+from sandbox.config import Config, Data
+from sandbox.engines.deepspeed import UNSUPPORTED, _cpu_adam, compiled
+from sandbox.errors import ConfigError, UnsupportedError
+from sandbox.plan import find, finest, get_ready, plan, predict, preload
 from sandbox.runtime import launch, warm
 from sandbox.trainer import Trainer
 from sandbox.verify import Case
+from sandbox.verify.capture import capture
 from sandbox.verify.cases import TIED, alone
+from sandbox.verify.compare import assemble, spread
+from sandbox.verify.reference import MARGIN
 
 pytestmark = [pytest.mark.parity, pytest.mark.engines]
+compiles = pytest.mark.timeout(_cpu_adam.TIMEOUT)
 run = functools.partial(launch, timeout=60)
 
 
@@ -124,3 +130,90 @@ def test_a_gradient_that_the_pipelines_do_not_sum_is_found(forget: Callable[[Tra
 def test_what_deepspeed_lacks_is_refused_with_a_reason(name: str) -> None:
     with pytest.raises(UnsupportedError, match=f"engine deepspeed cannot run {name}: .{{20}}"):
         find("deepspeed", name)
+
+
+# DeepSpeed's own AdamW
+
+
+def offloaded(stage: int = 2, engine: str = "deepspeed") -> Config:
+    return alone(engine, f"zero{stage}", 2, "offload", {"offload": True}, optimizer="adamw").config
+
+
+@functools.cache
+def reference() -> tuple[work.Tensors, work.Tensors]:
+    """The unsharded run's parameters after three steps of torch's AdamW, and the measured noise in them.
+
+    That is as for gradients (sandbox.verify.reference): sums in another order, and each parameter moved by one unit in
+    the last place. What moves by less is known up to its rounding.
+    """
+    ((after, *others),) = launch(1, work.reference_parameters, offloaded().reference(), timeout=world.TIMEOUT)
+    eps = torch.finfo(torch.float32).eps
+    noise = {name: torch.tensor(eps) * value.abs().max() for name, value in after.items()}
+    for other in others:
+        noise = {name: noise[name].clamp(min=most) for name, most in spread(after, other).items()}
+    return after, noise
+
+
+def beyond_noise(config: Config, prepare: Callable[[Trainer], None]) -> float:
+    """The largest difference of a parameter after three steps, in units of what is allowed."""
+    get_ready(config)
+    ranks = launch(2, capture, config, prepare, timeout=world.TIMEOUT)
+    found = {name: whole.value for name, whole in assemble([rank.parameters[3] for rank in ranks]).items()}
+    after, noise = reference()
+    assert found.keys() == after.keys()
+    return max(most / (MARGIN * noise[name].item()) for name, most in spread(after, found).items())
+
+
+@compiles
+@pytest.mark.parametrize(("engine", "stage"), [("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("accelerate", 2)])
+def test_offloaded_adamw_is_deepspeed_s_own_and_steps_as_torch_s(engine: str, stage: int) -> None:
+    """That its gradients are right, the matrix shows."""
+    warm(*preload(engine))
+    assert beyond_noise(offloaded(stage, engine), work.steps_by_its_own) <= 1
+
+
+@compiles
+@pytest.mark.parametrize("tamper", [work.decays_into_the_gradient, work.bias_is_not_corrected, work.forgets_to_decay])
+def test_another_adam_than_torch_s_is_found(tamper: Callable[[Trainer], None]) -> None:
+    assert beyond_noise(offloaded(), tamper) > 100
+
+
+@compiles
+def test_its_powers_of_betas_round_otherwise_after_a_pause_unless_they_catch_up() -> None:
+    get_ready(offloaded())
+    straight_on, caught_up, resumed = run(2, work.paused)[0]
+    assert torch.equal(caught_up, straight_on)
+    assert not torch.equal(resumed, straight_on)
+
+
+@compiles
+def test_what_is_built_is_built_once_and_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    get_ready(offloaded())
+    before = _cpu_adam._library().stat()
+    capfd.readouterr()
+    _cpu_adam.build.__wrapped__()
+    assert capfd.readouterr() == ("", "")
+    assert _cpu_adam._library().stat() == before
+    assert compiled() == "CPU Adam is built"
+
+
+def test_without_a_compiler_it_is_refused_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refusal = r"no C\+\+ compiler \(no-such-compiler\)\. Install that, or set mesh\.dp\.offload: false"
+    for config in (offloaded(), offloaded(engine="accelerate")):
+        with pytest.raises(ConfigError, match=refusal):
+            plan(config)
+    assert compiled() == "CPU Adam cannot be built: no C++ compiler (no-such-compiler)"
+    plan(alone("deepspeed", "zero2", 2, "offload", {"offload": True}).config)  # SGD is torch's
+
+
+def test_a_compiler_that_fails_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", shutil.which("false") or "")
+    assert compiled() == "CPU Adam is built when needed"
+    with pytest.raises(ConfigError, match=r"DeepSpeed's CPU Adam cannot be compiled here: .*rror"):
+        _cpu_adam.build.__wrapped__()
+    assert "Building DeepSpeed's CPU Adam, once: about a minute" in capfd.readouterr().err

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from sandbox.batch import Batch
 from sandbox.config import Config
 from sandbox.config import Options as Base
-from sandbox.engines.deepspeed import _engine, zero1
+from sandbox.engines.deepspeed import _cpu_adam, _engine, zero1
 from sandbox.errors import UnsupportedError
 from sandbox.mesh import Mesh
 from sandbox.model import Transformer
