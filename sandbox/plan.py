@@ -160,8 +160,6 @@ def plan(config: Config) -> list[Planned]:
             f"engine: {config.engine} needs {', '.join(lacking)}, not installed here: "
             "pip install 'distributed-training-sandbox[engines]'."
         )
-    if required(config.engine) and config.model.experts:
-        raise UnsupportedError(f"model.experts: not tried under engine {config.engine}. Set model.experts: 0.")
     return active
 
 

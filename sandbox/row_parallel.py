@@ -3,6 +3,8 @@
 Source: Shoeybi et al., "Megatron-LM", 2019 (row-parallel linears, vocabulary-parallel embedding).
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,14 +51,18 @@ def look_up_own(embed: nn.Embedding, words: range, dtype: torch.dtype, border: B
     embed.forward = forward  # type: ignore[method-assign, assignment]
 
 
-def bytes_of_sums(sums: int, item: int, mesh: Mesh, config: Config) -> float:
+def bytes_of_sums(linears: Iterable[str], item: int, mesh: Mesh, config: Config) -> float:
     """Bytes that a rank sends over tp in one step to sum hidden states [B, S, D], of `item` bytes each number.
 
-    `sums`: how often in a pass. With full recomputation o's sum is taken once more, and down's where dropout needs it.
+    For each of `linears` once in a pass; those of a layer's experts see `top_k` such states together. With full
+    recomputation o's sum is taken once more, and down's where dropout needs it, or the weights of experts.
     """
     model, train = config.model, config.train
+    experts = [".experts." in name for name in linears]
+    sums = experts.count(False) + experts.count(True) * model.top_k // max(1, model.experts)
     if train.recompute == "full":
-        sums += model.layers * (2 if model.dropout else 1)
+        ends = [model.top_k if model.has_experts(layer) else int(model.dropout > 0) for layer in range(model.layers)]
+        sums += model.layers + sum(ends)
     own = even(train.batch, mesh.data.size)[mesh.data.rank]
     row = config.data.sequence // mesh.axis("cp").size * model.width * item
     return sums * sum(ring_bytes(rows * row, mesh.axis("tp").size) for rows in even(own, train.microbatches))

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sandbox.config import Config
+from sandbox.config import Config, Train
 from sandbox.engines.deepspeed import _engine
 from sandbox.errors import UnsupportedError
 from sandbox.plan import find, plan, preload, unsupported
 from sandbox.runtime import Member, launch, warm
-from sandbox.verify.cases import alone
+from sandbox.verify.cases import EXPERTS, alone
 
 pytestmark = [pytest.mark.parity, pytest.mark.engines]
 run = functools.partial(launch, timeout=60)
@@ -97,6 +97,34 @@ def test_deepspeed_s_pipeline_has_neither_float64_nor_bfloat16_with_accumulation
     assert all("unsupported grad type: torch.float64" in error for error in run(2, pipelined, torch.float64))
     assert all("unsupported mix" in error for error in run(2, pipelined, torch.bfloat16))
     assert set(find("deepspeed", "pipeline").REFUSES) == {"float64", "bfloat16"}
+
+
+def stage_that_is_asked(member: Member) -> int:
+    """How often DeepSpeed's pipeline asks this rank for a loss, in a step of two microbatches."""
+    _engine.prepare()
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    asked = []
+
+    def loss(out: Tensor, target: Tensor) -> Tensor:
+        asked.append(out)
+        return (out - target).square().mean()
+
+    model = PipelineModule([LayerSpec(nn.Linear, 3, 3)] * member.world, member.world, loss, partition_method="uniform")
+    inner = torch.optim.SGD(model.parameters(), lr=1.0)
+    config = _engine.settings(Config(train=Train(microbatches=2)), {"stage": 0}) | {"steps_per_print": None}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=inner, dist_init_required=False, config=config)
+    engine.train_batch(iter([(torch.ones(1, 3), torch.zeros(1, 3))] * 2))
+    return len(asked)
+
+
+def test_deepspeed_s_pipeline_takes_the_loss_of_the_last_stage_alone() -> None:
+    warm(*preload("deepspeed"))
+    assert run(3, stage_that_is_asked) == [0, 0, 2]
+    with pytest.raises(UnsupportedError, match=r"model\.experts: DeepSpeed's pipeline takes the loss of the last"):
+        plan(alone("deepspeed", "pipeline", 2, "", model=EXPERTS).config)
 
 
 def test_deepspeed_cuts_parameters_in_ranges_and_not_by_rows() -> None:

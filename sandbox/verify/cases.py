@@ -10,7 +10,7 @@ from sandbox.plan import find, finest, plan
 from sandbox.verify.verifier import Case, fixture
 
 __all__ = [
-    "DATA", "EVEN", "EVERY", "EXPERTS", "FULL", "MANY", "MANY_TIED", "MODEL", "SWITCH", "TIED", "TRAIN",
+    "DATA", "EVEN", "EVEN_EXPERTS", "EVERY", "EXPERTS", "FULL", "MANY", "MANY_TIED", "MODEL", "SWITCH", "TIED", "TRAIN",
     "alone", "case", "first", "possible",
 ]  # fmt: skip
 
@@ -24,6 +24,7 @@ MANY_TIED = MANY.model_copy(update={"tied": True})
 EXPERTS = Model(
     layers=2, width=24, heads=4, kv_heads=2, hidden=19, bias=True, dropout=0.1, experts=5, aux_loss=0.3, z_loss=0.05
 )  # five experts divide over no world
+EVEN_EXPERTS = EXPERTS.model_copy(update={"hidden": 20})
 EVERY = EXPERTS.model_copy(update={"top_k": EXPERTS.experts})
 SWITCH = TIED.model_copy(update={"experts": 4, "top_k": 1, "renormalise": False, "moe_every": 2})
 DATA = Data(sequence=24)

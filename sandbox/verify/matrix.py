@@ -12,7 +12,19 @@ from pydantic.fields import FieldInfo
 
 from sandbox.config import Data
 from sandbox.plan import engines, find, finest, required, strategies
-from sandbox.verify.cases import EVEN, EVERY, EXPERTS, MANY, MANY_TIED, SWITCH, TIED, alone, first, possible
+from sandbox.verify.cases import (
+    EVEN,
+    EVEN_EXPERTS,
+    EVERY,
+    EXPERTS,
+    MANY,
+    MANY_TIED,
+    SWITCH,
+    TIED,
+    alone,
+    first,
+    possible,
+)  # fmt: skip
 from sandbox.verify.compositions import compositions
 from sandbox.verify.verifier import Case
 
@@ -58,10 +70,12 @@ def _alone(engine: str, name: str) -> Iterator[Case]:
             yield from first(partial(make, 2, dtype, dtype=dtype, **smooth))
     if data and not library:
         yield from first(partial(make, 2, "adamw", optimizer="adamw"))
+    if "offload" in strategy.Options.model_fields:  # with which DeepSpeed has an AdamW of its own
+        yield from first(partial(make, 2, "offload, adamw", {"offload": True}, optimizer="adamw"))
     for how in ("full",) if library else ("selective", "full"):
         yield from first(partial(make, 2, f"recompute {how}", train={"recompute": how}))
     if not experts:
-        yield from first(partial(make, 2, "experts", model=EXPERTS))
+        yield from first(*(partial(make, 2, "experts", model=model) for model in (EXPERTS, EVEN_EXPERTS)))
 
 
 def _variants(fields: dict[str, FieldInfo]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sandbox.batch import Batch
 from sandbox.mesh import Mesh
-from sandbox.program import ForwardBackward, Program
+from sandbox.program import ForwardBackward, Program, training_loss
 
 __all__ = [
     "accumulate", "asked_of_transformers", "clip_with", "forget_launcher", "make_accelerator", "parallelism",
@@ -85,7 +85,7 @@ def accumulate(accelerator: Any, program: Program, mesh: Mesh) -> ForwardBackwar
         for number, batch in enumerate(microbatches, 1):
             program.begin(number == len(microbatches))
             with accelerator.accumulate(finished.model), words_apart() if cut else nullcontext():
-                loss = finished.loss(finished.model(batch), batch.targets) / valid
+                loss = training_loss(finished, batch) / valid
                 accelerator.backward(loss * ranks * len(microbatches))
             finished.reduce_grads()
             total += loss.detach()

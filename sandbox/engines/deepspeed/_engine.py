@@ -21,7 +21,7 @@ from sandbox.batch import Batch
 from sandbox.config import Config
 from sandbox.engines.deepspeed._pieces import ByPiece, bring_up_to_date, flat_tensors
 from sandbox.mesh import Mesh
-from sandbox.program import Program, shard_rows, unless_stepped
+from sandbox.program import Program, shard_rows, training_loss, unless_stepped
 
 __all__ = ["REFUSES", "EngineOptimizer", "drive", "initialize", "prepare", "settings"]
 
@@ -100,7 +100,7 @@ def drive(
         total = torch.zeros((), dtype=torch.float64, device=microbatches[0].tokens.device)
         for number, batch in enumerate(microbatches, 1):
             program.begin(number == len(microbatches))
-            loss = finished.loss(finished.model(batch), batch.targets) / valid
+            loss = training_loss(finished, batch) / valid
             backward(loss * ranks * len(microbatches), number == len(microbatches))
             finished.reduce_grads()
             total += loss.detach()

@@ -12,7 +12,8 @@ does, over dp x cp at once.
 
 Bytes sent by a rank of n in one layer and one step: (n-1)/n (2 Q + K) to all_to_all forward, and the same backward (Q:
 its queries, or what comes out, K: its keys and values together); and where n does not divide the key/value heads, as
-many in both together. Memory: nothing between steps.
+many in both together. Where there are experts, what a row counts of them is summed over cp: 2 (n-1)/n B E numbers to
+all_reduce. Memory: nothing between steps.
 
 n must divide the columns, and there must be a key/value head for each rank, of those that its rank of tp has. Where n
 does not divide these, the first ranks have one more, with the queries that belong to it.
@@ -20,6 +21,7 @@ does not divide these, the first ranks have one more, with the queries that belo
 Source: DeepSpeed 0.19.8; Jacobs et al., "DeepSpeed Ulysses", 2023.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -28,12 +30,13 @@ from torch import Tensor, nn
 
 from sandbox.batch import Batch
 from sandbox.blockwise import Share
+from sandbox.comm import all_reduce, ring_bytes
 from sandbox.config import Config
 from sandbox.config import Options as Base
 from sandbox.engines.deepspeed import _engine
 from sandbox.errors import UnsupportedError
 from sandbox.mesh import Mesh
-from sandbox.model import Attention
+from sandbox.model import Attention, MoE, mixtures
 from sandbox.model.attention import Core
 from sandbox.partition import even
 from sandbox.predict import Prediction
@@ -87,9 +90,14 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
 
         return attend
 
+    def over_columns(inner: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda counts: all_reduce(inner(counts), axis).wait()
+
     for module in program.model.modules():
         if isinstance(module, Attention):
             module.core = core(module.core)
+    for moe in mixtures(program.model):
+        moe.across = over_columns(moe.across)
 
     def shard_batch(batch: Batch) -> Batch:
         whole = program.shard_batch(batch)
@@ -111,4 +119,6 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
         away, back = groups - own, own * (axis.size - 1)  # heads of others, sent to them; own heads, columns of others
         forward, backward = (queries + 2) * away + queries * back, (queries + 2) * back + queries * away
         sent += forward * (1 if train.recompute == "none" else 2) + backward
-    return Prediction({f"all_to_all {axis.name}": sent * rows * head})
+    counts = sum(4 * rows * sizes.experts for module in model.modules() if isinstance(module, MoE))
+    counted = (2 if train.recompute == "full" else 1) * ring_bytes(counts, axis.size)
+    return Prediction({f"all_to_all {axis.name}": sent * rows * head, f"all_reduce {axis.name}": counted})

@@ -55,8 +55,13 @@ class Options(Base):
 
 
 def check(config: Config, options: Options) -> None:
-    """Raises UnsupportedError: ZeRO-2 or ZeRO-3 on dp; more stages than parts."""
+    """Raises UnsupportedError: ZeRO-2 or ZeRO-3 on dp; more stages than parts; experts."""
     degree, layers = config.mesh.pp.degree, config.model.layers
+    if config.model.experts:
+        raise UnsupportedError(
+            "model.experts: DeepSpeed's pipeline takes the loss of the last stage alone, and experts add theirs on "
+            "every stage. Use engine native."
+        )
     if config.mesh.dp.degree > 1 and config.mesh.dp.strategy not in ("ddp", "zero1"):
         raise UnsupportedError(
             "mesh.dp.strategy: DeepSpeed's pipeline refuses ZeRO-2 and ZeRO-3. Set mesh.dp.strategy: zero1, or ddp."

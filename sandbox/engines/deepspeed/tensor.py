@@ -79,7 +79,7 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
             new[name] = nn.Parameter(param.detach().narrow(dim, start, sizes[axis.rank]).clone())
         elif name.split(".")[-2] in NORMS:
             norms += ring_bytes(param.numel() * item, axis.size)
-    sums = sum(name.endswith(".weight") and bool(cut_in(name)) for name, _ in model.named_parameters())
+    sums = [name for name, _ in model.named_parameters() if name.endswith(".weight") and cut_in(name)]
     replace_parameters(model, new)
     hidden = bytes_of_sums(sums, item, mesh, config)
     held = bytes_of(model.parameters())

@@ -120,9 +120,11 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
         elif layer in NORMS:
             norms += ring_bytes(bytes_of([param]), axis.size)
     replace_parameters(model, new)
-    sums = sum(
-        name.split(".")[-1] in (*COLUMNS, *ROWS) for name, module in model.named_modules() if list(module.parameters())
-    )
+    sums = [
+        name
+        for name, module in model.named_modules()
+        if name.split(".")[-1] in (*COLUMNS, *ROWS) and list(module.parameters())
+    ]
     hidden = bytes_of_sums(sums, next(model.parameters()).element_size(), mesh, config)
     held = bytes_of(model.parameters())
     return Prediction(
