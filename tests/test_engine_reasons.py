@@ -112,7 +112,8 @@ def stage_that_is_asked(member: Member) -> int:
         asked.append(out)
         return (out - target).square().mean()
 
-    model = PipelineModule([LayerSpec(nn.Linear, 3, 3)] * member.world, member.world, loss, partition_method="uniform")
+    layers = [LayerSpec(nn.Linear, 3, 3)] * member.world
+    model = PipelineModule(layers, member.world, loss_fn=loss, partition_method="uniform")
     inner = torch.optim.SGD(model.parameters(), lr=1.0)
     config = _engine.settings(Config(train=Train(microbatches=2)), {"stage": 0}) | {"steps_per_print": None}
     engine, *_ = deepspeed.initialize(model=model, optimizer=inner, dist_init_required=False, config=config)

@@ -4,18 +4,23 @@ import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import world
 
+import sandbox.program
 from sandbox.config import Config
-from sandbox.plan import engines, find, preload, required, strategies, unsupported
+from sandbox.errors import ConfigError
+from sandbox.model import mixtures
+from sandbox.plan import engines, find, plan, preload, required, strategies, unsupported
 from sandbox.runtime import launch, warm
 from sandbox.trainer import Trainer
 from sandbox.verify import Case
-from sandbox.verify.cases import EVEN, alone
+from sandbox.verify.cases import EVEN, EVEN_EXPERTS, EXPERTS, alone
+from sandbox.verify.faults.planting import patch
 
 CELLS = [(engine, name) for engine in engines() if required(engine) for name in strategies(engine)]
 
@@ -51,9 +56,7 @@ def test_a_module_says_what_it_cuts_what_it_sends_and_where_it_comes_from(engine
 @pytest.mark.parametrize("engine", [engine for engine in engines() if required(engine)])
 def test_what_is_imported_for_all_ranks_says_nothing(engine: str) -> None:
     """As `sandbox verify` and `doctor` do it; DeepSpeed by itself warns that it found no GPU."""
-    code = (
-        "import importlib, warnings; warnings.simplefilter('ignore')\nfor name in {!r}: importlib.import_module(name)"
-    )
+    code = "import operator; from sandbox.runtime import *; warm(*{!r}); launch(1, operator.truth, timeout=100)"
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     done = subprocess.run(
         [sys.executable, "-c", code.format(preload(engine))],
@@ -94,6 +97,46 @@ def test_that_of_bfloat16_is_narrow_enough_for_a_rank_that_weighs_a_quarter_more
         Case(alone(engine, name, 2, "", dtype="bfloat16").config, functools.partial(weighs_more, scale=1.25))
     )
     assert verdict.status == "mismatch"
+
+
+def routers_lose_their_losses(trainer: Trainer) -> None:
+    """A library's loop that takes the loss of the logits alone."""
+    patch(sandbox.program, "routing_losses", lambda model: [])
+
+
+def rows_count_their_own_columns(trainer: Trainer) -> None:
+    """What goes to which expert is not added up over the ranks that share a row."""
+    for moe in mixtures(trainer.program.model):
+        moe.across = lambda counts: counts
+
+
+@pytest.mark.parity
+@pytest.mark.engines
+@pytest.mark.parametrize(
+    ("engine", "name", "tamper"),
+    [
+        ("accelerate", "ddp", routers_lose_their_losses),
+        ("deepspeed", "zero2", routers_lose_their_losses),
+        ("deepspeed", "context", rows_count_their_own_columns),
+    ],
+)
+def test_experts_whose_losses_are_lost_or_cut_are_found(
+    engine: str, name: str, tamper: Callable[[Trainer], None]
+) -> None:
+    """That they are right otherwise, the matrix shows."""
+    config = alone(engine, name, 2, "experts", model=EXPERTS, train={"microbatches": 4}).config
+    assert world.verifier().verify(Case(config, tamper)).status == "mismatch"
+
+
+@pytest.mark.unit
+def test_a_library_trains_experts_or_says_why_it_cannot() -> None:
+    for engine, name in CELLS:
+        config = alone(engine, name, 2, "", model=EVEN_EXPERTS, train={"microbatches": 4}).config
+        if (engine, name) in {("accelerate", "tensor"), ("deepspeed", "pipeline")}:
+            with pytest.raises(ConfigError, match=r"model\.experts: .{20}"):
+                plan(config)
+        else:
+            plan(config)
 
 
 @pytest.mark.unit

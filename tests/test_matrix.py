@@ -23,10 +23,8 @@ def name(case: Case) -> str:
 def marked(case: Case) -> Any:
     engines = [pytest.mark.engines] if required(case.config.engine) else []
     composed = [pytest.mark.compositions] if len(plan(case.config)) > 1 and case.config.mesh.world > 3 else []
-    compiled = any(hasattr(planned.strategy, "ahead") for planned in plan(case.config))
-    slow = (
-        [pytest.mark.timeout(900)] if compiled and case.config.train.optimizer == "adamw" else []
-    )  # the first of them
+    compiles = case.config.train.optimizer == "adamw" and any(hasattr(p.strategy, "ahead") for p in plan(case.config))
+    slow = [pytest.mark.timeout(900)] if compiles else []  # the first of them
     return pytest.param(case, id=name(case), marks=engines + composed + slow)
 
 

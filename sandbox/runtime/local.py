@@ -82,9 +82,10 @@ def warm(*modules: str) -> None:
     """Have torch, and `modules` as well, imported in the background, so that the first world need not wait for it."""
     global _server
     with _lock:
-        if _server and _server.process.poll() is None and _server.modules.issuperset(modules):
+        there = _server.modules if _server else ()
+        if _server and _server.process.poll() is None and not {*modules} - {*there}:
             return
-        wanted = {*modules, *(_server.modules if _server else ())}
+        wanted = tuple(dict.fromkeys((*there, *modules)))  # in their order: the first may change how the next load
         _stop()
         _server = _Server(wanted)
 
@@ -92,13 +93,13 @@ def warm(*modules: str) -> None:
 class _Server:
     """The launcher's end of the server."""
 
-    def __init__(self, modules: set[str]) -> None:
+    def __init__(self, modules: tuple[str, ...]) -> None:
         self.modules = modules
         self.control, theirs = socket.socketpair()
         code = "import sys; sys.path[:] = {!r}; from sandbox.runtime.server import serve; serve({}, {!r})"
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", code.format(sys.path, theirs.fileno(), sorted(modules))],
+                [sys.executable, "-c", code.format(sys.path, theirs.fileno(), modules)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 process_group=0,  # out of reach of the terminal's Ctrl-C
