@@ -32,6 +32,8 @@ TIMEOUT = 900
 """Seconds that the compiler may take: about a minute of two cores' time, and much longer on busy ones."""
 
 _BUILD = """
+import signal
+signal.signal(signal.SIGINT, lambda *_: None)  # it is ninja's to handle
 from sandbox.engines.deepspeed._quiet import deepspeed
 from deepspeed.ops.op_builder import CPUAdamBuilder
 CPUAdamBuilder().load(verbose=False)
@@ -80,8 +82,7 @@ def build() -> None:
                 f"it, remove {lock}."
             ) from None
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(builder.pid, signal.SIGKILL)  # compilers too
+            _end(builder)
     if builder.returncode or not _library().exists():
         errors = [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines()[-1:]
         raise ConfigError(f"mesh.dp.offload: DeepSpeed's CPU Adam cannot be compiled here: {' '.join(errors[:3])}")
@@ -126,6 +127,17 @@ def catch_up(optimizer: Any) -> None:
         optimizer.ds_opt_adam.adam_update(
             optimizer.opt_id, step, 0.0, *optimizer.param_groups[0]["betas"], 1e-8, 0.0, True, *[nothing] * 4
         )
+
+
+def _end(builder: "subprocess.Popen[str]") -> None:
+    """End it, if it has not: first so that ninja ends the compilers, and torch takes its lock away.
+
+    Compilers are in groups of their own, and who finds a lock waits for ever.
+    """
+    for how in (signal.SIGINT, signal.SIGKILL):
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(builder.pid, how)
+            builder.wait(20)
 
 
 def _load() -> None:
