@@ -158,7 +158,7 @@ def beyond_noise(config: Config, prepare: Callable[[Trainer], None]) -> float:
     """The largest difference of a parameter after three steps, in units of what is allowed."""
     get_ready(config)
     ranks = launch(2, capture, config, prepare, timeout=world.TIMEOUT)
-    found = {name: whole.value for name, whole in assemble([rank.parameters[3] for rank in ranks]).items()}
+    found = {name: whole.value for name, whole in assemble([rank.parameters for rank in ranks])[3].items()}
     after, noise = reference()
     assert found.keys() == after.keys()
     return max(most / (MARGIN * noise[name].item()) for name, most in spread(after, found).items())
