@@ -17,16 +17,15 @@ are whole again when the storage is filled again. (In between there is nothing t
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter as unchanged_version
-from torch.autograd.graph import register_multi_grad_hook
-from torch.utils._pytree import tree_leaves
 
+from sandbox.arrivals import Arrivals, on_gradients
 from sandbox.buckets import Bucket, Over, ScatterSum, reduce_in_backward, summed_over
 from sandbox.comm import Axis, Pending, all_gather, ring_bytes
 from sandbox.config import Config
@@ -87,6 +86,17 @@ def parts(unit: Unit, over: Over) -> list[tuple[Unit, Axis]]:
     for name, param in unit.params.items():
         groups.setdefault(over(name).names, {})[name] = param
     return [(replace(unit, params=params), over(next(iter(params)))) for params in groups.values()]
+
+
+def following(units: list[Unit], config: Config) -> list[Collection[str]]:
+    """By unit: the parameters that backward is through with when it has all gradients of the unit's output.
+
+    A root's last output comes first, and tells nothing of what follows it. A pipeline's schedule tells by itself.
+    """
+    if config.mesh.pp.degree > 1:
+        return [()] * len(units)
+    after: list[Collection[str]] = [*(unit.params for unit in units[1:]), ()]
+    return [() if unit.name == "root" else names for unit, names in zip(units, after, strict=True)]
 
 
 class Shard:
@@ -184,7 +194,7 @@ def gather_on_use(
 
         def after(module: nn.Module, args: Any, out: Any) -> None:
             if torch.is_grad_enabled():
-                on_gradients(out, lambda: enter_backward(number), lambda: arrivals.close(number + 1))
+                on_gradients(out, lambda: enter_backward(number), lambda: arrivals.close(followers[number]))
                 if unit.kept or not reshard_after_forward or number in busy:
                     return
             for shard in of_unit[number]:
@@ -194,7 +204,7 @@ def gather_on_use(
             module.register_forward_pre_hook(before, prepend=True)  # other hooks may read the parameters
         unit.modules[-1].register_forward_hook(after)
 
-    arrivals = Arrivals(units, open_=program.config.mesh.pp.degree > 1)
+    arrivals, followers = Arrivals(program.model), following(units, program.config)
     # Units whose forward has begun in this pass, and whose backward has: those a recomputed forward must not free.
     seen, busy = set[int](), set[int]()
 
@@ -240,50 +250,6 @@ def gather_on_use(
     return arrivals.watch(
         reduce_in_backward(sharded, [shard.bucket for shard in reversed(shards)], launch, finish, each=True)
     )
-
-
-class Arrivals:
-    """Sees to it that all ranks reduce a unit before they gather the next, whoever used what of it.
-
-    What a rank has not used when backward comes to the output of the unit before, it does not use. A root, whose last
-    output comes first, tells nothing of what follows it. `open_`: a schedule tells itself which gradients are complete.
-    """
-
-    def __init__(self, units: Sequence[Unit], *, open_: bool) -> None:
-        self._units, self._open = units, open_
-        self._coming, self._unused = set[str](), set[str]()
-
-    def watch(self, program: Program) -> Program:
-        """Return `program` with an eye on its backward passes."""
-        self._tell = program.grad_ready
-
-        def begin(final: bool) -> None:
-            program.begin(final)
-            self._coming, self._unused = {name for unit in self._units for name in unit.params}, set()
-
-        return replace(program, begin=begin, grad_ready=self._came)
-
-    def close(self, number: int) -> None:
-        """Backward is through with all of the units from this one on."""
-        if self._open or self._units[number - 1].name == "root" or number == len(self._units):
-            return
-        for name in self._units[number].params:
-            if name in self._coming:
-                self._came(name)
-                self._unused.add(name)
-
-    def _came(self, name: str) -> None:
-        if name in self._unused:
-            raise RuntimeError(f"the gradient of {name} came when backward was through with what follows its unit.")
-        self._coming.discard(name)
-        self._tell(name)
-
-
-def on_gradients(out: Any, first: Callable[[], None], last: Callable[[], None]) -> None:
-    """Have `last` called when backward has all gradients of a module's output; and `first` then, or when it has any."""
-    outs = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
-    register_multi_grad_hook(outs, lambda grads: last(), mode="all")
-    register_multi_grad_hook(outs, lambda grad: first(), mode="any")
 
 
 def adds_up(config: Config, *, each: bool) -> bool:
