@@ -1,5 +1,11 @@
-"""Ranks that do not call the same collectives. Each does what is said, on rank 1 only."""
+"""Ranks that do not call the same collectives. Each does what is said, on rank 1 only.
 
+As a program, a rank under torchrun: what rank 1 does, and the timeout.
+"""
+
+import os
+import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +13,8 @@ import torch
 import world
 
 from sandbox.comm import Axis, Recorder, all_gather, all_reduce
-from sandbox.runtime import Member
+from sandbox.errors import SandboxError
+from sandbox.runtime import Member, attach, leave
 from sandbox.trainer import Trainer
 
 
@@ -24,6 +31,16 @@ def in_order(member: Member, sabotage: Callable[[Member, Axis, int], None], roun
             continue
         for op in ("loss", "norm"):
             all_reduce(torch.ones(2), axis, op).wait()
+
+
+def nothing(member: Member, axis: Axis, number: int) -> None:
+    """What the others do, too."""
+    for op in ("loss", "norm"):
+        all_reduce(torch.ones(2), axis, op).wait()
+
+
+def stop(member: Member, axis: Axis, number: int) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def swap(member: Member, axis: Axis, number: int) -> None:
@@ -68,3 +85,13 @@ def other_first(trainer: Trainer) -> None:
         return update(*args)
 
     trainer.update = twice  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    code = 0
+    try:
+        attach(int(os.environ["WORLD_SIZE"]), in_order, globals()[sys.argv[1]], timeout=float(sys.argv[2]))
+    except SandboxError as error:
+        print(error, file=sys.stderr)
+        code = error.exit_code
+    leave(code)

@@ -61,7 +61,7 @@ def at(number: int, *, waiting: bool = True) -> Entry:
     ],
 )
 def test_a_hang_is_blamed_on_the_odd_one_out(entries: list[Entry], returned: set[int], line: str) -> None:
-    text = stalled(entries, returned=returned, places={}, timeout=5)
+    text = stalled(entries, returned=returned, silent=set(), places={}, timeout=5)
     assert text.startswith(f"no rank made progress for 5 s. {line}")
     assert len(text.splitlines()) == 1 + len(entries)
 
@@ -262,12 +262,16 @@ def test_torchruns_summary_shows_the_cause(traced: Traced) -> None:
 
 @linux
 @parity
-def test_a_hang_under_torchrun_names_the_rank_and_its_collective(traced: Traced) -> None:
+def test_a_hang_under_torchrun_names_the_rank_that_never_arrived_and_where_it_is(traced: Traced) -> None:
     with traced.start(*TORCHRUN, str(PROGRAM), "one_stays_away") as program:
         _, errors = program.communicate()
     assert program.returncode == 1
-    assert "rank 0 failed: " in errors
-    assert "in #1 all_reduce over world, 4 bytes." in errors
+    report, _, rest = errors.partition("rank 1 ends: rank 0 has told why.")
+    first, *ranks = report.splitlines()
+    assert first.endswith("Rank 1 never arrived: the others wait in #1 all_reduce over world, 4 bytes.")
+    assert "waiting for" in ranks[0]
+    assert re.search(r"finished #0 init_process_group .*; at .*runtime_work\.py:\d+ in one_stays_away$", ranks[1])
+    assert "Rank 1 never arrived" in rest.partition("Root Cause")[2]
     assert not traced.processes()
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Self
 from zlib import crc32
 
-__all__ = ["KEPT", "Board", "Entry", "Start", "ranks", "size_of", "stalled"]
+__all__ = ["KEPT", "Board", "Entry", "Start", "outside_torch", "ranks", "size_of", "stalled"]
 
 _RECORD = struct.Struct("=ddqq32s32s")  # entered, left, number, size, op, axis
 _MOMENT = struct.Struct("=d")
@@ -55,6 +55,13 @@ class Entry:
         """The collective, without its state: `#12 all_reduce over dp_shard, 4096 bytes`."""
         return f"#{self.number} {self.op} over {self.axis}, {self.size} bytes"
 
+    @property
+    def last(self) -> str:
+        """What the rank was last seen at, where nobody knows how long ago."""
+        if not self.entered:
+            return "nothing was heard of it"
+        return f"it was last seen {'in' if self.waiting else 'after'} {self.name}"
+
     def __str__(self) -> str:
         if not self.entered:
             return "no collective so far"
@@ -87,7 +94,7 @@ class Start:
 class Board:
     """One rank's line on the board. `memory` holds the lines of all ranks."""
 
-    def __init__(self, memory: mmap.mmap, rank: int) -> None:
+    def __init__(self, memory: mmap.mmap | bytearray, rank: int) -> None:
         self._memory = memory
         self._offset = rank * size_of(1)
         self._alive = self._offset + _RECORD.size
@@ -99,6 +106,15 @@ class Board:
     def private(cls) -> Self:
         """A board that no other process reads."""
         return cls(mmap.mmap(-1, size_of(1)), 0)
+
+    @classmethod
+    def copy(cls, line: bytes) -> Self:
+        """A board as it was when it gave its `line`."""
+        return cls(bytearray(line), 0)
+
+    def line(self) -> bytes:
+        """All that stands on it."""
+        return bytes(self._memory[self._offset : self._offset + size_of(1)])
 
     def enter(self, number: int, op: str, axis: str, size: int) -> None:
         """Note that the rank enters its `number`-th collective, of `size` bytes. Names are cut after 32 bytes."""
@@ -147,26 +163,32 @@ def size_of(world: int) -> int:
     return world * (_RECORD.size + _MOMENT.size + KEPT * _START.size)
 
 
-def stalled(entries: Sequence[Entry], *, returned: Set[int], places: Mapping[int, str], timeout: float) -> str:
+def stalled(
+    entries: Sequence[Entry], *, returned: Set[int], silent: Set[int], places: Mapping[int, str], timeout: float
+) -> str:
     """Report a hang: where each rank stands, and which one the others wait for.
 
-    `returned` holds the ranks whose work is over; `places` maps ranks to the line of Python they are at, where known.
+    `returned` holds the ranks whose work is over, `silent` those that do not answer; `places` maps ranks to the line of
+    Python they are at, where known.
     """
-    lines = [f"no rank made progress for {timeout:g} s. {_verdict(entries, returned)}"]
+    lines = [f"no rank made progress for {timeout:g} s. {_verdict(entries, returned, silent)}"]
     for rank, entry in enumerate(entries):
-        place = f"returned; {entry}" if rank in returned else f"{entry}; at {places.get(rank, '?')}"
+        if rank in silent:
+            place = f"does not answer: stopped, dead or cut off. {entry.last.capitalize()}"
+        else:
+            place = f"returned; {entry}" if rank in returned else f"{entry}; at {places.get(rank, '?')}"
         lines.append(f"  rank {rank}: {place}")
     return "\n".join(lines)
 
 
-def _verdict(entries: Sequence[Entry], returned: Set[int]) -> str:
-    waiting = {rank: entry.name for rank, entry in enumerate(entries) if entry.waiting}
+def _verdict(entries: Sequence[Entry], returned: Set[int], silent: Set[int]) -> str:
+    waiting = {rank: entry.name for rank, entry in enumerate(entries) if entry.waiting and rank not in silent}
     absent = [rank for rank in range(len(entries)) if rank not in waiting]
     if not waiting:
         return "None waits in a collective: the work itself is stuck, or slower than the timeout."
     names = Counter(waiting.values()).most_common()
     if absent:
-        gone = " (returned already)" if returned >= set(absent) else ""
+        gone = " (returned already)" if returned >= set(absent) else " (silent)" if silent >= set(absent) else ""
         what = names[0][0] if len(names) == 1 else "their collectives"
         return f"{ranks(absent).capitalize()}{gone} never arrived: the others wait in {what}."
     if len(names) == 1:
@@ -176,6 +198,11 @@ def _verdict(entries: Sequence[Entry], returned: Set[int]) -> str:
     odd = [rank for rank, name in waiting.items() if name != names[0][0]]
     verb = "waits" if len(odd) == 1 else "wait"
     return f"{ranks(odd).capitalize()} {verb} in another collective than the others, which are in {names[0][0]}."
+
+
+def outside_torch(file: str) -> bool:
+    """Whether a line of that file tells where in the work a rank is."""
+    return "site-packages/torch/" not in file
 
 
 def ranks(numbers: Sequence[int]) -> str:

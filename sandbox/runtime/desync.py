@@ -7,11 +7,11 @@ same count have started something else there or before. A rank that is behind is
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
-from sandbox.runtime.board import KEPT, Board, Start, ranks
+from sandbox.runtime.board import KEPT, Board, Entry, Start, ranks, stalled
 
-__all__ = ["desync", "uneven"]
+__all__ = ["desync", "hang", "uneven"]
 
 
 def desync(boards: Sequence[Board]) -> str:
@@ -35,6 +35,22 @@ def uneven(boards: Sequence[Board]) -> str:
         axis = next(start.axis for starts in started.values() for start in starts.values())
         return f"Collectives started over {axis}: {_told({rank: str(count) for rank, count in counts.items()})}."
     return ""
+
+
+def hang(
+    boards: Sequence[Board],
+    entries: Sequence[Entry],
+    *,
+    returned: Set[int],
+    places: Mapping[int, str],
+    timeout: float,
+    silent: Set[int] = frozenset(),
+) -> str:
+    """Report a hang as `stalled`, and which collectives differ; `entries` are the boards' last ones by this clock."""
+    text = stalled(entries, returned=returned, silent=silent, places=places, timeout=timeout)
+    # a silent rank may have got further than was heard of it
+    odd = desync(boards) or ("" if silent else uneven(boards))
+    return f"{text}\n{odd}" if odd else text
 
 
 def _first(boards: Sequence[Board]) -> str:

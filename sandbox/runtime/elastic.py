@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from sandbox.errors import MeshError, SandboxError, WorkerError
 from sandbox.runtime.failure import Failure
@@ -35,8 +36,9 @@ def attach(
 ) -> T:
     """Run `work(member, *args)` as the rank that this process is, of `world`; return its result.
 
-    As `launch`, but for this rank only: `on_message` is called here, and `timeout` s is the longest a collective may
-    take. An error is noted for torchrun, whose summary then shows the first.
+    As `launch`, but for this rank only, and `on_message` is called here. An error is noted for torchrun, whose summary
+    then shows the first. Where the ranks hang, or do not start the same collectives, one of them tells, and the
+    processes end from here with code 1: what waits in a collective can be reached in no other way.
 
     End the process by `leave` afterwards.
 
@@ -59,18 +61,34 @@ def attach(
     import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+    from sandbox.runtime.watch import Watch
+
+    watch: Watch | None = None
     try:
-        join(member, timeout=timeout, threads=threads)
+        if store := join(member, timeout=timeout, threads=threads):
+            watch = Watch(member, store, _agreed(uuid4().hex), timeout)
         result = work(member, *args)
-        if dist.is_initialized():
-            dist.barrier()  # one that left early would break the connections of the others
+        if watch:
+            watch.conclude()  # one that left early would break the connections of the others
             dist.destroy_process_group()
         return result
-    except Exception as error:
+    except SandboxError as error:
         get_error_handler().record_exception(error)
-        if isinstance(error, SandboxError):
-            raise
-        raise WorkerError(str(Failure.of(rank, error, member.board.read()))) from None
+        raise
+    except Exception as error:
+        failure = Failure.of(rank, error, member.board.read())
+        also = watch.last_word(failure) if watch else ""
+        get_error_handler().record_exception(error)
+        raise WorkerError(f"{failure}\n{also}" if also else str(failure)) from None
+
+
+def _agreed(value: str) -> str:
+    """The first rank's `value`."""
+    import torch.distributed as dist
+
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def _listen_towards(first: str, *, alone: bool) -> None:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sandbox.errors import MeshError, WorkerError
-from sandbox.runtime.board import Board, size_of, stalled
-from sandbox.runtime.desync import desync, uneven
+from sandbox.runtime.board import Board, outside_torch, size_of
+from sandbox.runtime.desync import desync, hang, uneven
 from sandbox.runtime.failure import Failure, verdict
 from sandbox.runtime.server import MOST_RANKS, Request, Started, stack_file
 
@@ -155,7 +155,7 @@ class _Ranks:
         for rank in range(len(self.boards)):
             with suppress(FileNotFoundError):  # it did not come so far
                 stack = stack_file(self.started.folder, rank).read_text()
-                if own := [frame for frame in _FRAME.findall(stack) if "site-packages/torch/" not in frame[0]]:
+                if own := [frame for frame in _FRAME.findall(stack) if outside_torch(frame[0])]:
                     places[rank] = "{}:{} in {}".format(*own[0])
         return places
 
@@ -246,7 +246,5 @@ def _look(ranks: _Ranks, last: float) -> float:
 
 
 def _hang(ranks: _Ranks, returned: Set[int], timeout: float) -> str:
-    entries = [board.read() for board in ranks.boards]
-    text = stalled(entries, returned=returned, places=ranks.places(), timeout=timeout)
-    odd = desync(ranks.boards) or uneven(ranks.boards)
-    return f"{text}\n{odd}" if odd else text
+    entries, places = [board.read() for board in ranks.boards], ranks.places()
+    return hang(ranks.boards, entries, returned=returned, places=places, timeout=timeout)

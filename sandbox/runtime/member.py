@@ -28,15 +28,19 @@ class Member:
     """Hand a message that can be pickled to the launcher's `on_message`, in order, from one thread."""
 
 
-def join(member: Member, *, timeout: float, threads: int, place: str = "env://") -> None:
-    """Set up torch in this process and, in a world of several ranks, the process group.
+def join(member: Member, *, timeout: float, threads: int, place: str = "env://") -> Any:
+    """Set up torch in this process and, in a world of several ranks, the process group -> the store where they met.
 
-    Collectives fail after `timeout` seconds. The ranks meet at the URL `place`; the default is where torchrun says.
+    The ranks have `timeout` s to meet at the URL `place`; the default is where torchrun says. Collectives fail after
+    twice that: whoever reads the boards sees a hang first, and explains it better. The store is torch's; of a world of
+    one rank there is none.
 
     Raises MeshError: there is no such GPU.
     """
     import torch
     import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     torch.set_num_threads(threads)
     device = torch.device(member.device)
@@ -45,17 +49,19 @@ def join(member: Member, *, timeout: float, threads: int, place: str = "env://")
             raise MeshError(f"rank {member.rank} has no GPU: this machine has {torch.cuda.device_count()}.")
         torch.cuda.set_device(device)
     if member.world == 1:
-        return
+        return None
     member.board.enter(0, "init_process_group", "world", 0)
+    store, *_ = next(rendezvous(place, member.rank, member.world, timeout=timedelta(seconds=timeout)))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        init_method=place,
+        store=PrefixStore("default_pg", store),
         rank=member.rank,
         world_size=member.world,
-        timeout=timedelta(seconds=timeout),
+        timeout=timedelta(seconds=2 * timeout),
         device_id=device if device.type == "cuda" else None,
     )
     member.board.leave()
+    return store
 
 
 def end_with(parent: int) -> None:

@@ -203,8 +203,7 @@ def _run(request: Request, rank: int, launcher: "Connection[Any, Any]", board: B
         try:
             work, args = pickle.loads(request.job)
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-            # twice: the launcher sees a hang first, and explains it better
-            join(member, timeout=2 * request.timeout, threads=request.threads, place=f"file://{folder}/store")
+            join(member, timeout=request.timeout, threads=request.threads, place=f"file://{folder}/store")
             _post(launcher, "result", work(member, *args))
         except BaseException as error:
             _post(launcher, "failure", Failure.of(rank, error, board.read()))

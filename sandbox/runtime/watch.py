@@ -1,0 +1,282 @@
+"""Ranks that watch one another, where no launcher sees their boards: under torchrun, on one machine or several.
+
+Once a second each rank puts its board into the store by which the ranks met: 6 KB, for 0.3 ms. The first rank reads
+them all, to see whether everybody starts the same collectives, and the others only once they have nearly stood still
+for too long. Who finds a fault first tells it, for all; the others say who did; and all end.
+
+A rank that is stopped, or cut off, is one of which no new board comes. Machines have each their own clock, so what
+happened on another is placed by when its board came here.
+
+Nothing is waited for without end. The store may go with its machine: then each rank judges by its own board alone.
+"""
+
+import json
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from traceback import walk_stack
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from sandbox.errors import WorkerError
+from sandbox.runtime.board import Board, Entry, outside_torch
+from sandbox.runtime.desync import desync, hang, uneven
+from sandbox.runtime.failure import Failure
+from sandbox.runtime.member import Member, leave
+
+__all__ = ["Watch"]
+
+T = TypeVar("T")
+
+_LOOK = 1.0
+"""s between looks."""
+_SILENT = 3.5
+"""s without a new board after which a rank is taken for stopped or cut off."""
+_SHARE = 0.01
+"""Of the processor's time, what reading all boards may take: among many ranks it is done less often."""
+
+
+class Watch:
+    """Watches the world of this rank until `conclude`, in a thread, which ends this process where a fault is found.
+
+    `store` is torch's, and may be in use by others. `round_` tells this world from earlier ones that had the same
+    store. For `timeout` s somebody must get on, as in `launch`.
+    """
+
+    def __init__(self, member: Member, store: Any, round_: str, timeout: float) -> None:
+        self._member, self._timeout = member, timeout
+        self._store: Any = PrefixStore(f"watch/{round_}", store.clone())
+        self._main = threading.get_ident()
+        self._returned = self._closed = False
+        self._count, self._reading = 0, 0.0  # when to read next
+        self._heard: dict[int, _Heard] = {}
+        self._lock = threading.RLock()  # the thread's looks, and the last ones of the work's thread
+        self._bell = threading.Event()
+        threading.Thread(target=self._run, name="watch", daemon=True).start()
+
+    def conclude(self) -> None:
+        """The work of this rank is over: wait for the others'. To be called by all.
+
+        Raises WorkerError, on the first rank: they have not started the same collectives.
+        """
+        self._returned = True
+        lines: list[Any] = [None] * self._member.world
+        dist.all_gather_object(lines, zlib.compress(self._member.board.line(), 1))
+        with self._lock:
+            self._closed = True
+        self._bell.set()
+        boards = [Board.copy(zlib.decompress(line)) for line in lines]
+        if self._member.rank == 0 and (found := desync(boards) or uneven(boards)):
+            raise WorkerError(found)
+
+    def last_word(self, failure: Failure) -> str:
+        """What else to say of this rank's failure: how its collectives differ from the others'. They will end, too.
+
+        If it is an echo, and another has told the cause, this ends the process with that.
+        """
+        with self._lock:
+            self._exchange(read=False)
+        if failure.echo:
+            return ""
+        if self._member.board.read().waiting:
+            time.sleep(_LOOK)  # until all boards are as new as the fault
+        with self._lock:
+            self._exchange(read=True)
+            self._announce()
+            self._closed = True
+        return desync(self._boards())
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if self._closed:
+                    return
+                self._look()
+            self._bell.wait(_LOOK)
+
+    def _look(self) -> None:
+        now, rank = time.monotonic(), self._member.rank
+        still = now - self._member.board.read().moved
+        patience = self._timeout + _LOOK * (rank > 0)  # the first rank is where people look first
+        read = now > self._reading if rank == 0 else still > patience - _SILENT - _LOOK
+        begun = time.thread_time()
+        self._exchange(read)
+        if not read:
+            return
+        if found := desync(self._boards()):
+            self._tell(found)
+        elif still > patience and self._stuck(patience):
+            self._tell(self._report())
+        self._reading = now + (time.thread_time() - begun) / _SHARE
+
+    # What the others do
+
+    def _exchange(self, read: bool) -> None:
+        """Put this rank's board into the store; if `read`, take out the others'. End if another has told of a fault."""
+        self._count += 1
+        place = _place(sys._current_frames().get(self._main))
+        word = _Word(self._count, time.monotonic(), self._returned, place, self._member.board.line())
+        self._heard[self._member.rank] = _Heard(word, word.moment)
+        others = [rank for rank in range(self._member.world) if rank != self._member.rank] if read else []
+
+        def talk(store: Any) -> tuple[dict[int, bytes], bytes]:
+            store.set(str(self._member.rank), word.pack())
+            there = [rank for rank in others if rank in self._heard or store.check([str(rank)])]
+            words = store.multi_get([str(rank) for rank in there]) if there else []
+            return dict(zip(there, words, strict=True)), store.get("told") if store.check(["told"]) else b""
+
+        words, teller = self._ask(talk) or ({}, b"")
+        if teller:
+            self._ask(lambda store: store.add("known", 1))
+            _end(f"rank {self._member.rank} ends: rank {teller.decode()} has told why.")
+        for rank, packed in words.items():
+            new, old = _Word.unpack(packed), self._heard.get(rank)
+            if old is None or old.word.count != new.count:
+                self._heard[rank] = _Heard(new, time.monotonic())
+
+    def _ask(self, call: Callable[[Any], T]) -> T | None:
+        """What the store answers; None if it is gone."""
+        if self._store is None:
+            return None
+        with suppress(TimeoutError, RuntimeError):  # torch's errors are RuntimeErrors
+            store = self._store
+            return _within(_SILENT, lambda: call(store))
+        self._store = None
+        return None
+
+    def _boards(self) -> list[Board]:
+        heard = self._heard
+        return [heard[r].board if r in heard else Board.private() for r in range(self._member.world)]
+
+    def _silent(self) -> set[int]:
+        now = time.monotonic()
+        return {r for r in range(self._member.world) if r not in self._heard or now - self._heard[r].at > _SILENT}
+
+    # What to make of it
+
+    def _stuck(self, patience: float) -> bool:
+        """Whether nobody got on."""
+        if self._store is None and not self._member.board.read().waiting:
+            return False  # it may just compute; who waits for it is elsewhere
+        silent = self._silent()
+        return all(time.monotonic() - h.entry.moved > patience for rank, h in self._heard.items() if rank not in silent)
+
+    def _report(self) -> str:
+        heard: Mapping[int, _Heard] = self._heard
+        entries = [heard[rank].entry if rank in heard else Board.private().read() for rank in range(self._member.world)]
+        text = hang(
+            self._boards(),
+            entries,
+            returned={rank for rank in heard if heard[rank].word.returned},
+            silent=self._silent(),
+            places={rank: heard[rank].word.place for rank in heard},
+            timeout=self._timeout,
+        )
+        return text if self._store else f"{text}\nThe store by which the ranks met does not answer."
+
+    def _tell(self, text: str) -> None:
+        """Be the one to tell, if nobody else is; and end."""
+        if not self._claim():
+            return
+        _note(text)
+        living = self._member.world - len(self._silent())
+        self._announce()
+        deadline = time.monotonic() + 3 * _LOOK
+        while time.monotonic() < deadline and (self._ask(lambda store: store.add("known", 0)) or living) < living:
+            time.sleep(0.05)
+        leave(1)
+
+    def _claim(self) -> bool:
+        """Whether this rank is the one to tell."""
+        mine = str(self._member.rank)
+        first = self._ask(lambda store: store.compare_set("teller", "", mine))
+        return first is None or first.decode() == mine
+
+    def _announce(self) -> None:
+        self._ask(lambda store: (store.set("told", str(self._member.rank)), store.add("known", 1)))
+
+
+@dataclass(frozen=True)
+class _Word:
+    """What a rank says of itself: the `count`-th time, at `moment` of its own clock."""
+
+    count: int
+    moment: float
+    returned: bool
+    place: str
+    line: bytes
+
+    def pack(self) -> bytes:
+        head = self.count, self.moment, self.returned, self.place
+        return json.dumps(head).encode() + b"\n" + zlib.compress(self.line, 1)
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> "_Word":
+        head, _, line = packed.partition(b"\n")
+        count, moment, returned, place = json.loads(head)
+        return cls(count, moment, returned, place, zlib.decompress(line))
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """A word, and when it came, by this rank's clock."""
+
+    word: _Word
+    at: float
+
+    @property
+    def board(self) -> Board:
+        return Board.copy(self.word.line)
+
+    @property
+    def entry(self) -> Entry:
+        """By this rank's clock."""
+        entry, shift = self.board.read(), self.at - self.word.moment
+        entered, left, alive = (moment and moment + shift for moment in (entry.entered, entry.left, entry.alive))
+        return replace(entry, entered=entered, left=left, alive=alive)
+
+
+def _place(frame: FrameType | None) -> str:
+    """The innermost line that is not torch's."""
+    for inner, line in walk_stack(frame):
+        if outside_torch(inner.f_code.co_filename):
+            return f"{inner.f_code.co_filename}:{line} in {inner.f_code.co_name}"
+    return "?"
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """What `call` returns. Raises TimeoutError: not in time. It then is left to itself, in its thread."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="store", daemon=True).start()
+    return future.result(seconds)
+
+
+def _note(text: str) -> None:
+    """Say it, and note it for torchrun's summary."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+    try:
+        raise WorkerError(text)
+    except WorkerError as error:
+        get_error_handler().record_exception(error)
+
+
+def _end(text: str) -> NoReturn:
+    _note(text)
+    leave(1)
