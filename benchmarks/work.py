@@ -168,5 +168,5 @@ def noted_and_not(
     board.start = note  # type: ignore[method-assign]
     begun = time.process_time()
     for _ in range(10_000):
-        start(3, "all_gather", "dp_shard", 4096)
+        start(3, "all_gather", "dp_shard", "float32[1024]")
     return *times, (time.process_time() - begun) / 10_000, count

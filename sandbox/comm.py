@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Protocol
 
 import torch
@@ -60,11 +60,11 @@ copies this rank's own part.
 class Board(Protocol):
     """Where a rank writes which collective it is in, for whoever has to explain a hang or a difference."""
 
-    def start(self, members: int, op: str, axis: str, whole: int) -> None:
-        """The rank starts a collective of a group, a bit for each rank; all must agree on `whole` bytes."""
+    def start(self, members: int, op: str, axis: str, shape: str) -> None:
+        """The rank starts a collective of a group, a bit for each rank; all must agree on `shape`, with its dtype."""
 
-    def enter(self, number: int, op: str, axis: str, size: int) -> None:
-        """The rank waits in a collective from now on."""
+    def enter(self, number: int, op: str, axis: str, shape: str) -> None:
+        """The rank waits in a collective, of a tensor of that shape here, from now on."""
 
     def leave(self) -> None:
         """The rank has what it waited for."""
@@ -83,6 +83,7 @@ class Event:
     bytes: float
     start: float
     end: float = 0.0
+    shape: str = ""
 
 
 @dataclass
@@ -95,11 +96,12 @@ class Recorder:
     events: list[Event] = field(default_factory=list)
     number: int = 0
 
-    def launch(self, op: str, axis: str, sent: float) -> Event:
-        """A collective starts."""
+    def launch(self, op: str, axis: str, sent: float, tensor: Tensor | None = None) -> Event:
+        """A collective of `tensor` starts."""
         self.number += 1
         self.sent[f"{op} {axis}"] += sent
-        event = Event(self.number, op, axis, sent, time.perf_counter())
+        shape = "" if tensor is None or self.board is None else _shape(tensor)
+        event = Event(self.number, op, axis, sent, time.perf_counter(), shape=shape)
         if self.detailed:
             self.events.append(event)
         return event
@@ -126,11 +128,12 @@ class Axis:
         ranks = dist.get_process_group_ranks(self.group) if self.group else ()
         return sum(1 << rank for rank in ranks) & (2**256 - 1)
 
-    def begin(self, op: str, sent: float, whole: int = 0) -> Event:
-        """A collective starts, that all ranks of the axis start alike, of `whole` bytes if all must agree on that."""
+    def begin(self, op: str, sent: float, tensor: Tensor, *, alike: bool = True) -> Event:
+        """A collective of `tensor` starts, on all ranks of the axis; `alike`: the tensors are of one shape."""
+        event = self.recorder.launch(op, self.name, sent, tensor)
         if self.recorder.board and self.group is not None:
-            self.recorder.board.start(self.members, op, self.name, whole)
-        return self.recorder.launch(op, self.name, sent)
+            self.recorder.board.start(self.members, op, self.name, event.shape if alike else "")
+        return event
 
 
 _watchers = ThreadPoolExecutor(64, "watcher")  # of a detailed recorder's collectives; starts no thread before the first
@@ -153,7 +156,7 @@ class Pending:
         """Block until the result is there. May be called once."""
         recorder, event = self._axis.recorder, self._event
         if recorder.board:
-            recorder.board.enter(event.number, event.op, event.axis, round(event.bytes))
+            recorder.board.enter(event.number, event.op, event.axis, event.shape)
         if self._landed:
             self._landed.result()
         else:
@@ -170,7 +173,7 @@ def ring_bytes(whole: int, ranks: int) -> float:
 
 def all_reduce(tensor: Tensor, axis: Axis, op: str = "all_reduce") -> Pending:
     """Sum `tensor` over `axis`, in place."""
-    event = axis.begin(op, ring_bytes(_bytes(tensor), axis.size), _bytes(tensor))
+    event = axis.begin(op, ring_bytes(_bytes(tensor), axis.size), tensor)
     if axis.size == 1:
         return Pending(axis, event, (), lambda: tensor)
     if axis.size == 2 and _bytes(tensor) <= SMALL and not tensor.is_cuda:
@@ -187,7 +190,7 @@ def reduce_scatter(flat: Tensor, sizes: Sequence[int], axis: Axis, dtype: torch.
     """
     parts = list(flat.split(list(sizes)))
     own = parts[axis.rank]
-    event = axis.begin("reduce_scatter", _bytes(flat) - _bytes(own), _bytes(flat))
+    event = axis.begin("reduce_scatter", _bytes(flat) - _bytes(own), flat)
     if axis.size == 1:
         return Pending(axis, event, (), lambda: own.to(dtype))
     if flat.is_cuda:
@@ -216,7 +219,7 @@ def all_gather(flat: Tensor, sizes: Sequence[int], axis: Axis) -> Pending:
     """Fill `flat` [sum(sizes)] with every rank's part, in place; this rank's own part must already lie in it."""
     parts = list(flat.split(list(sizes)))
     own = parts[axis.rank]
-    event = axis.begin("all_gather", _bytes(own) * (axis.size - 1), _bytes(flat))
+    event = axis.begin("all_gather", _bytes(own) * (axis.size - 1), flat)
     if axis.size == 1:
         return Pending(axis, event, (), lambda: flat)
     if flat.is_cuda:
@@ -239,7 +242,7 @@ def all_to_all(
     op: str = "all_to_all",
 ) -> Pending:
     """Send each rank its part of `flat` [sum(sizes)]; fill `landing` [sum(landing_sizes)] with what each sends here."""
-    event = axis.begin(op, _bytes(flat) - sizes[axis.rank] * flat.element_size())
+    event = axis.begin(op, _bytes(flat) - sizes[axis.rank] * flat.element_size(), flat, alike=False)
     if axis.size == 1:
         return Pending(axis, event, (), lambda: landing.copy_(flat))
     return Pending(axis, event, (_swap(flat, sizes, landing, landing_sizes, axis),), lambda: landing)
@@ -247,7 +250,7 @@ def all_to_all(
 
 def pass_on(tensor: Tensor, landing: Tensor, axis: Axis) -> Pending:
     """Send `tensor` to the next rank of `axis`, the last to the first; fill `landing` with what the previous sends."""
-    event = axis.begin("send", _bytes(tensor))
+    event = axis.begin("send", _bytes(tensor), tensor, alike=False)
     target, source = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
     if tensor.is_cuda:  # as one operation, or each of two ranks could wait for the other to receive
         give = dist.P2POp(dist.isend, tensor, group=axis.group, group_peer=target)
@@ -263,14 +266,14 @@ def send(tensor: Tensor, axis: Axis, to: int, tag: int, op: str = "send") -> Pen
 
     On gloo ranks may ask for messages in any order. NCCL knows no tags: there the order must be the same on both ends.
     """
-    event = axis.recorder.launch(op, axis.name, _bytes(tensor))
+    event = axis.recorder.launch(op, axis.name, _bytes(tensor), tensor)
     work = _work(dist.isend(tensor, group=axis.group, group_dst=to, tag=FIRST_TAG + tag))
     return Pending(axis, event, (work,), lambda: tensor)
 
 
 def receive(landing: Tensor, axis: Axis, source: int, tag: int, op: str = "receive") -> Pending:
     """Fill `landing` with what rank `source` of the axis sends under that tag."""
-    event = axis.recorder.launch(op, axis.name, 0)
+    event = axis.recorder.launch(op, axis.name, 0, landing)
     work = _work(dist.irecv(landing, group=axis.group, group_src=source, tag=FIRST_TAG + tag))
     return Pending(axis, event, (work,), lambda: landing)
 
@@ -297,6 +300,16 @@ def _exchange(outgoing: Sequence[Tensor], incoming: Sequence[Tensor], axis: Axis
 def _work(work: dist.Work | None) -> dist.Work:
     assert work is not None, "this rank is not in the group"
     return work
+
+
+def _shape(tensor: Tensor) -> str:
+    """`float32[2, 3]`."""
+    return f"{_name(tensor.dtype)}{[*tensor.shape]}"
+
+
+@cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _bytes(tensor: Tensor) -> int:

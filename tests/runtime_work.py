@@ -19,7 +19,7 @@ def ranks_sum(member: Member) -> tuple[int, float]:
     import torch.distributed as dist
 
     total = torch.tensor(float(member.rank))
-    member.board.enter(1, "all_reduce", "world", 4)
+    member.board.enter(1, "all_reduce", "world", "float32[]")
     dist.all_reduce(total)
     member.board.leave()
     return member.rank, total.item()

@@ -1,6 +1,10 @@
 """Ranks that do not start the same collectives are told apart, whether they hang, fail, or compute something else."""
 
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from mmap import mmap
@@ -9,6 +13,7 @@ from typing import Any
 import desync_work as work
 import pytest
 import world
+from traced import Traced
 
 from sandbox.config import Run
 from sandbox.errors import WorkerError
@@ -18,8 +23,14 @@ from sandbox.runtime.desync import desync, uneven
 from sandbox.verify import Case, fixture
 
 unit, parity = pytest.mark.unit, pytest.mark.parity
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
-Call = tuple[int, str, str, int]  # as Board.start
+
+def recovery(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.recovery(parity(test))
+
+
+Call = tuple[int, str, str, str]  # as Board.start
 ALL, PAIR = 0b111, 0b101
 
 
@@ -32,8 +43,12 @@ def boards(*ranks: Sequence[Call]) -> list[Board]:
     return found
 
 
-LOSS, NORM, GATHER = (ALL, "loss", "dp", 8), (ALL, "norm", "dp", 8), (ALL, "all_gather", "dp", 64)
-OTHER = (PAIR, "all_reduce", "tp", 32)
+LOSS, NORM, GATHER = (
+    (ALL, "loss", "dp", "float64[]"),
+    (ALL, "norm", "dp", "float64[]"),
+    (ALL, "all_gather", "dp", "float64[8]"),
+)
+OTHER = (PAIR, "all_reduce", "tp", "float32[2, 4]")
 
 
 @unit
@@ -46,18 +61,18 @@ OTHER = (PAIR, "all_reduce", "tp", 32)
         ([[OTHER, LOSS, OTHER], [LOSS], [LOSS, OTHER, OTHER]], ""),  # groups have each their own order
         (
             [[LOSS, NORM], [NORM, LOSS], [LOSS, NORM]],
-            "Ranks disagree on collective 1 over dp: ranks 0 and 2: loss of 8 bytes over dp, "
-            "rank 1: norm of 8 bytes over dp.",
+            "Ranks disagree on collective 1 over dp: ranks 0 and 2: loss of float64[] over dp, "
+            "rank 1: norm of float64[] over dp.",
         ),
         (
-            [[LOSS, GATHER], [LOSS, GATHER], [LOSS, (ALL, "all_gather", "dp", 72)]],
-            "Ranks disagree on collective 2 over dp: ranks 0 and 1: all_gather of 64 bytes over dp, "
-            "rank 2: all_gather of 72 bytes over dp.",
+            [[LOSS, GATHER], [LOSS, GATHER], [LOSS, (ALL, "all_gather", "dp", "float64[9]")]],
+            "Ranks disagree on collective 2 over dp: ranks 0 and 1: all_gather of float64[8] over dp, "
+            "rank 2: all_gather of float64[9] over dp.",
         ),
         (
-            [[OTHER], [], [(PAIR, "all_reduce", "cp", 32)]],
-            "Ranks disagree on collective 1 over tp: rank 0: all_reduce of 32 bytes over tp, "
-            "rank 2: all_reduce of 32 bytes over cp.",
+            [[OTHER], [], [(PAIR, "all_reduce", "cp", "float32[2, 4]")]],
+            "Ranks disagree on collective 1 over tp: rank 0: all_reduce of float32[2, 4] over tp, "
+            "rank 2: all_reduce of float32[2, 4] over cp.",
         ),
         (
             [[LOSS, *[NORM] * KEPT], [NORM] * (1 + KEPT), []],
@@ -88,18 +103,19 @@ def fault(world_: int, *args: Any) -> str:
     return str(caught.value)
 
 
+LOST, SUMMED = "loss of float32[2] over dp", "norm of float32[2] over dp"
+DIFFERENCES = [
+    (work.swap, f"collective 3 over dp: ranks 0 and 2: {LOST}, rank 1: {SUMMED}."),
+    (work.skip, f"collective 4 over dp: ranks 0 and 2: {SUMMED}, rank 1: {LOST}."),
+    (work.call_another, f"collective 4 over dp: ranks 0 and 2: {SUMMED}, rank 1: all_gather of float32[3] over dp."),
+    (work.resize, f"collective 4 over dp: ranks 0 and 2: {SUMMED}, rank 1: norm of float32[1] over dp."),
+]
+
+
 @parity
-@pytest.mark.parametrize(
-    ("sabotage", "text"),
-    [
-        (work.swap, "collective 3 over dp: ranks 0 and 2: loss of 8 bytes over dp, rank 1: norm of 8 bytes over dp."),
-        (work.skip, "collective 4 over dp: ranks 0 and 2: norm of 8 bytes over dp, rank 1: loss of 8 bytes over dp."),
-        (work.call_another, "collective 4 over dp: .* rank 1: all_gather of 12 bytes over dp."),
-        (work.resize, "collective 4 over dp: .* rank 1: norm of 4 bytes over dp."),
-    ],
-)
+@pytest.mark.parametrize(("sabotage", "text"), DIFFERENCES)
 def test_a_rank_that_calls_another_collective_is_named(sabotage: Callable[..., None], text: str) -> None:
-    assert re.search(f"Ranks disagree on {text}", fault(3, work.in_order, sabotage))
+    assert f"Ranks disagree on {text}" in fault(3, work.in_order, sabotage)
 
 
 @parity
@@ -115,5 +131,58 @@ def test_verifying_names_the_desync(strategy: str) -> None:
     verdict = world.verifier().verify(Case(config, work.other_first))
     assert time.monotonic() - started < world.TIMEOUT / 2, "as soon as they disagree, not when time is up"
     assert verdict.status == "failed"
-    assert re.search(r"Ranks disagree on collective \d+ over dp_shard: .*rank 1: norm of 8 bytes", verdict.cause)
+    assert re.search(r"Ranks disagree on collective \d+ over dp_shard: .*rank 1: norm of float64\[\]", verdict.cause)
     assert world.verifier().verify(Case(config)).held
+
+
+# Under torchrun
+
+
+def start(traced: Traced, sabotage: Callable[..., None], timeout: float) -> "subprocess.Popen[str]":
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3")
+    return traced.start(*torchrun, work.__file__, sabotage.__name__, str(timeout))
+
+
+@linux
+@recovery
+@pytest.mark.parametrize(("sabotage", "text"), DIFFERENCES)
+def test_under_torchrun_one_rank_tells_of_the_desync_as_soon_as_there_is_one(
+    traced: Traced, sabotage: Callable[..., None], text: str
+) -> None:
+    with start(traced, sabotage, timeout=1000) as program:
+        _, errors = program.communicate()
+    assert program.returncode == 1
+    assert errors.partition("Traceback")[0].count(f"Ranks disagree on {text}") == 1
+    assert f"Ranks disagree on {text}" in errors.partition("Root Cause")[2]
+    assert not traced.processes()
+
+
+@linux
+@recovery
+def test_under_torchrun_a_rank_that_is_stopped_is_named(traced: Traced) -> None:
+    with start(traced, work.stop, timeout=6) as program:
+        assert program.stderr
+        lines: list[str] = []
+        for line in program.stderr:
+            lines.append(line)
+            if line.startswith("rank 2 ends"):  # torchrun would ask the stopped one for 30 s
+                for pid in traced.processes("\0RANK=1\0"):
+                    os.kill(pid, signal.SIGKILL)
+    assert program.returncode == 1
+    report = [line for line in lines if re.match("no rank|  rank|rank", line)]
+    assert report[0].endswith(f" Rank 1 (silent) never arrived: the others wait in #3 {LOST}.\n")
+    assert report[1].startswith("  rank 0: waiting for ")
+    assert report[2].startswith("  rank 1: does not answer: stopped, dead or cut off. It was last seen ")
+    assert report[3].startswith("  rank 2: waiting for ")
+    assert report[4] == "rank 2 ends: rank 0 tells why.\n"
+    assert not traced.processes()
+
+
+@linux
+@recovery
+def test_under_torchrun_ranks_that_agree_are_left_alone(traced: Traced) -> None:
+    """The twin of those above."""
+    with start(traced, work.nothing, timeout=6) as program:
+        _, errors = program.communicate()
+    assert program.returncode == 0, errors
+    assert not re.search(r"\brank", errors)

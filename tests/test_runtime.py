@@ -32,12 +32,12 @@ def test_the_runtime_is_imported_without_torch() -> None:
 def test_a_board_tells_where_a_rank_is() -> None:
     board = Board.private()
     assert str(board.read()) == "no collective so far"
-    board.enter(7, "all_gather", "dp_shard", 4096)
+    board.enter(7, "all_gather", "dp_shard", "float32[32, 32]")
     assert board.read().waiting
-    assert "in #7 all_gather over dp_shard, 4096 bytes" in str(board.read())
+    assert "in #7 all_gather of float32[32, 32] over dp_shard" in str(board.read())
     board.leave()
     assert not board.read().waiting
-    assert str(board.read()).startswith("finished #7 all_gather over dp_shard")
+    assert str(board.read()).startswith("finished #7 all_gather of float32[32, 32] over dp_shard")
     left = board.read().moved
     board.alive()
     assert board.read().moved >= left == board.read().left
@@ -45,7 +45,7 @@ def test_a_board_tells_where_a_rank_is() -> None:
 
 
 def at(number: int, *, waiting: bool = True) -> Entry:
-    return Entry(1.0, 0.0 if waiting else 2.0, number, 8, "all_reduce", "dp")
+    return Entry(1.0, 0.0 if waiting else 2.0, number, "all_reduce", "dp", "float64[]")
 
 
 @unit
@@ -191,7 +191,7 @@ def test_a_hang_names_the_rank_that_never_arrived_and_where_it_is() -> None:
     with pytest.raises(WorkerError) as caught:
         launch(3, work.one_stays_away, timeout=1)
     first, *ranks = str(caught.value).splitlines()
-    assert first.endswith("Rank 1 never arrived: the others wait in #1 all_reduce over world, 4 bytes.")
+    assert first.endswith("Rank 1 never arrived: the others wait in #1 all_reduce of float32[] over world.")
     assert "finished #0 init_process_group" in ranks[1]
     assert re.search(r"at .*runtime_work\.py:\d+ in one_stays_away$", ranks[1])
     assert "waiting for" in ranks[2]
@@ -266,9 +266,9 @@ def test_a_hang_under_torchrun_names_the_rank_that_never_arrived_and_where_it_is
     with traced.start(*TORCHRUN, str(PROGRAM), "one_stays_away") as program:
         _, errors = program.communicate()
     assert program.returncode == 1
-    report, _, rest = errors.partition("rank 1 ends: rank 0 has told why.")
+    report, _, rest = errors.partition("rank 1 ends: rank 0 tells why.")
     first, *ranks = report.splitlines()
-    assert first.endswith("Rank 1 never arrived: the others wait in #1 all_reduce over world, 4 bytes.")
+    assert first.endswith("Rank 1 never arrived: the others wait in #1 all_reduce of float32[] over world.")
     assert "waiting for" in ranks[0]
     assert re.search(r"finished #0 init_process_group .*; at .*runtime_work\.py:\d+ in one_stays_away$", ranks[1])
     assert "Rank 1 never arrived" in rest.partition("Root Cause")[2]

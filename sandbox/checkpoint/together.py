@@ -15,7 +15,6 @@ from typing import Any, Generic, Self, TypeVar, cast
 import torch.distributed as dist
 
 from sandbox.errors import CheckpointError, WorkerError
-from sandbox.runtime import attached
 from sandbox.runtime.board import ranks
 from sandbox.trainer import Trainer
 
@@ -49,9 +48,9 @@ class Together:
     def of(cls, trainer: Trainer, *, own: bool = False) -> Self:
         """For the ranks of a trainer. `own`: in a group of their own, for a thread beside the training."""
         timeout, board, group = trainer.config.run.timeout, trainer.mesh.recorder.board, None
-        if own and dist.is_initialized():  # twice that if a launcher looks on, which explains a hang
-            limit = timeout if attached() else 2 * timeout
-            group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(seconds=limit)))
+        if own and dist.is_initialized():  # twice that, for who reads the boards explains a hang better, and first
+            limit = timedelta(seconds=2 * timeout)
+            group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=limit))
         return cls(group, timeout, board.alive if board else lambda: None)
 
     def moved(self, count: int) -> None:

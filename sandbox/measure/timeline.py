@@ -111,14 +111,14 @@ class _Waits:
     timeline: Timeline
     board: Board | None
 
-    def start(self, members: int, op: str, axis: str, whole: int) -> None:
+    def start(self, members: int, op: str, axis: str, shape: str) -> None:
         if self.board:
-            self.board.start(members, op, axis, whole)
+            self.board.start(members, op, axis, shape)
 
-    def enter(self, number: int, op: str, axis: str, sent: int) -> None:
+    def enter(self, number: int, op: str, axis: str, shape: str) -> None:
         self.timeline.begin("")
         if self.board:
-            self.board.enter(number, op, axis, sent)
+            self.board.enter(number, op, axis, shape)
 
     def leave(self) -> None:
         if self.board:

@@ -17,9 +17,9 @@ from zlib import crc32
 
 __all__ = ["KEPT", "Board", "Entry", "Start", "outside_torch", "ranks", "size_of", "stalled"]
 
-_RECORD = struct.Struct("=ddqq32s32s")  # entered, left, number, size, op, axis
+_RECORD = struct.Struct("=ddq32s32s40s")  # entered, left, number, op, axis, shape
 _MOMENT = struct.Struct("=d")
-_START = struct.Struct("=qI32s32s32sq")  # count, chain, members, op, axis, whole
+_START = struct.Struct("=qI32s32s32s40s")  # count, chain, members, op, axis, shape
 
 KEPT = 512
 """Collectives of each rank that the board remembers."""
@@ -27,7 +27,7 @@ KEPT = 512
 
 @dataclass(frozen=True)
 class Entry:
-    """One rank's last collective. `size` is in bytes; `entered` and `left` are `time.monotonic()`, 0 for not yet.
+    """One rank's last collective. `shape` is as in `Board.start`; `entered` and `left` are `time.monotonic()`, or 0.
 
     `alive` is when the rank last got on with something else: reading or writing a checkpoint.
     """
@@ -35,9 +35,9 @@ class Entry:
     entered: float
     left: float
     number: int
-    size: int
     op: str
     axis: str
+    shape: str = ""
     alive: float = 0.0
 
     @property
@@ -52,8 +52,8 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """The collective, without its state: `#12 all_reduce over dp_shard, 4096 bytes`."""
-        return f"#{self.number} {self.op} over {self.axis}, {self.size} bytes"
+        """The collective, without its state: `#12 all_reduce of float32[1024] over dp_shard`."""
+        return f"#{self.number} {_of(self.op, self.shape)} over {self.axis}"
 
     @property
     def last(self) -> str:
@@ -75,7 +75,7 @@ class Entry:
 class Start:
     """A collective that a rank has started: the `count`-th one of the group `members`, a bit for each rank.
 
-    `whole` is what all of them must agree on, in bytes, or 0. `chain` stands for this one and all before it.
+    `shape` is what all of them must agree on, or empty. `chain` stands for this one and all before it.
     """
 
     count: int
@@ -83,12 +83,12 @@ class Start:
     members: int
     op: str
     axis: str
-    whole: int
+    shape: str
 
     @property
     def name(self) -> str:
-        """Op and size: `all_reduce of 4096 bytes`."""
-        return f"{self.op} of {self.whole} bytes" if self.whole else self.op
+        """Op and shape: `all_reduce of float32[1024]`."""
+        return _of(self.op, self.shape)
 
 
 class Board:
@@ -116,9 +116,10 @@ class Board:
         """All that stands on it."""
         return bytes(self._memory[self._offset : self._offset + size_of(1)])
 
-    def enter(self, number: int, op: str, axis: str, size: int) -> None:
-        """Note that the rank enters its `number`-th collective, of `size` bytes. Names are cut after 32 bytes."""
-        _RECORD.pack_into(self._memory, self._offset, time.monotonic(), 0.0, number, size, op.encode(), axis.encode())
+    def enter(self, number: int, op: str, axis: str, shape: str = "") -> None:
+        """Note that the rank enters its `number`-th collective. Names are cut after 32 bytes, shapes after 40."""
+        names = op.encode(), axis.encode(), shape.encode()
+        _RECORD.pack_into(self._memory, self._offset, time.monotonic(), 0.0, number, *names)
 
     def leave(self) -> None:
         """Note that the rank has left the collective that it entered last."""
@@ -128,30 +129,35 @@ class Board:
         """Note that the rank gets on with something that is no collective. May be called by another thread."""
         _MOMENT.pack_into(self._memory, self._alive, time.monotonic())
 
-    def start(self, members: int, op: str, axis: str, whole: int) -> None:
+    def start(self, members: int, op: str, axis: str, shape: str = "") -> None:
         """Note that the rank starts a collective of the group `members`, as in `Start`."""
         count, chain = self._chains.get(members, (0, 0))
-        count, chain = count + 1, crc32(f"{op} {axis} {whole}".encode(), chain)
+        count, chain = count + 1, crc32(f"{op} {axis} {shape}".encode(), chain)
         self._chains[members] = count, chain
         place = self._starts + self._started % KEPT * _START.size
         bits = members.to_bytes(32, "little")
-        _START.pack_into(self._memory, place, count, chain, bits, op.encode(), axis.encode(), whole)
+        _START.pack_into(self._memory, place, count, chain, bits, op.encode(), axis.encode(), shape.encode())
         self._started += 1
 
     def starts(self) -> list[Start]:
         """The collectives that the rank has started last, in no order."""
         end = self._starts + KEPT * _START.size
         found = []
-        for count, chain, members, op, axis, whole in _START.iter_unpack(self._memory[self._starts : end]):
+        for count, chain, members, *names in _START.iter_unpack(self._memory[self._starts : end]):
             if count:
-                found.append(Start(count, chain, int.from_bytes(members, "little"), _text(op), _text(axis), whole))
+                found.append(Start(count, chain, int.from_bytes(members, "little"), *map(_text, names)))
         return found
 
     def read(self) -> Entry:
         """The rank's last collective."""
-        entered, left, number, size, op, axis = _RECORD.unpack_from(self._memory, self._offset)
+        entered, left, number, *names = _RECORD.unpack_from(self._memory, self._offset)
         (alive,) = _MOMENT.unpack_from(self._memory, self._alive)
-        return Entry(entered, left, number, size, _text(op), _text(axis), alive)
+        op, axis, shape = map(_text, names)
+        return Entry(entered, left, number, op, axis, shape, alive)
+
+
+def _of(op: str, shape: str) -> str:
+    return f"{op} of {shape}" if shape else op
 
 
 def _text(name: bytes) -> str:

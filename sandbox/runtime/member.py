@@ -50,7 +50,7 @@ def join(member: Member, *, timeout: float, threads: int, place: str = "env://")
         torch.cuda.set_device(device)
     if member.world == 1:
         return None
-    member.board.enter(0, "init_process_group", "world", 0)
+    member.board.enter(0, "init_process_group", "world")
     store, *_ = next(rendezvous(place, member.rank, member.world, timeout=timedelta(seconds=timeout)))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from traceback import walk_stack
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
@@ -41,6 +41,8 @@ _LOOK = 1.0
 """s between looks."""
 _SILENT = 3.5
 """s without a new board after which a rank is taken for stopped or cut off."""
+_AFTER = 1.5
+"""s that the others end after the one who told: torchrun's summary shows the first, and knows no fractions."""
 _SHARE = 0.01
 """Of the processor's time, what reading all boards may take: among many ranks it is done less often."""
 
@@ -57,7 +59,8 @@ class Watch:
         self._store: Any = PrefixStore(f"watch/{round_}", store.clone())
         self._main = threading.get_ident()
         self._returned = self._closed = False
-        self._count, self._reading = 0, 0.0  # when to read next
+        self._count, self._yielded = 0, 0
+        self._reading = 0.0  # when to read next
         self._heard: dict[int, _Heard] = {}
         self._lock = threading.RLock()  # the thread's looks, and the last ones of the work's thread
         self._bell = threading.Event()
@@ -79,9 +82,9 @@ class Watch:
             raise WorkerError(found)
 
     def last_word(self, failure: Failure) -> str:
-        """What else to say of this rank's failure: how its collectives differ from the others'. They will end, too.
+        """What else to say of this rank's failure: how its collectives differ from the others'. They end, too.
 
-        If it is an echo, and another has told the cause, this ends the process with that.
+        If it is an echo, and another tells the cause, this ends the process with that.
         """
         with self._lock:
             self._exchange(read=False)
@@ -91,8 +94,8 @@ class Watch:
             time.sleep(_LOOK)  # until all boards are as new as the fault
         with self._lock:
             self._exchange(read=True)
-            self._announce()
             self._closed = True
+            self._announce()
         return desync(self._boards())
 
     def _run(self) -> None:
@@ -136,8 +139,11 @@ class Watch:
 
         words, teller = self._ask(talk) or ({}, b"")
         if teller:
+            _say(text := f"rank {self._member.rank} ends: rank {teller.decode()} tells why.")
             self._ask(lambda store: store.add("known", 1))
-            _end(f"rank {self._member.rank} ends: rank {teller.decode()} has told why.")
+            time.sleep(_AFTER)
+            _record(text)
+            leave(1)
         for rank, packed in words.items():
             new, old = _Word.unpack(packed), self._heard.get(rank)
             if old is None or old.word.count != new.count:
@@ -184,25 +190,26 @@ class Watch:
         return text if self._store else f"{text}\nThe store by which the ranks met does not answer."
 
     def _tell(self, text: str) -> None:
-        """Be the one to tell, if nobody else is; and end."""
-        if not self._claim():
-            return
-        _note(text)
-        living = self._member.world - len(self._silent())
-        self._announce()
-        deadline = time.monotonic() + 3 * _LOOK
-        while time.monotonic() < deadline and (self._ask(lambda store: store.add("known", 0)) or living) < living:
-            time.sleep(0.05)
-        leave(1)
-
-    def _claim(self) -> bool:
-        """Whether this rank is the one to tell."""
+        """Be the one to tell, and end; but let another who was first, unless that one is gone since."""
         mine = str(self._member.rank)
         first = self._ask(lambda store: store.compare_set("teller", "", mine))
-        return first is None or first.decode() == mine
+        self._yielded += 1
+        if first and first.decode() != mine and self._yielded < _SILENT / _LOOK:
+            return
+        _say(text)
+        _record(text)
+        self._announce()
+        leave(1)
 
     def _announce(self) -> None:
-        self._ask(lambda store: (store.set("told", str(self._member.rank)), store.add("known", 1)))
+        """Have the others know who tells, and wait until those who can do."""
+        mine, living = str(self._member.rank), self._member.world - len(self._silent())
+        self._ask(lambda store: store.set("told", mine))
+        for _ in range(60):
+            known = self._ask(lambda store: store.add("known", 0))
+            if known is None or known >= living - 1:
+                break
+            time.sleep(_LOOK / 20)
 
 
 @dataclass(frozen=True)
@@ -267,16 +274,14 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
     return future.result(seconds)
 
 
-def _note(text: str) -> None:
-    """Say it, and note it for torchrun's summary."""
+def _say(text: str) -> None:
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
+
+
+def _record(text: str) -> None:
+    """Note it for torchrun's summary."""
     try:
         raise WorkerError(text)
     except WorkerError as error:
         get_error_handler().record_exception(error)
-
-
-def _end(text: str) -> NoReturn:
-    _note(text)
-    leave(1)

@@ -23,7 +23,8 @@ def together(member: Member, cases: Sequence[Case], measure_peak: bool = False) 
 
     def world(size: int, work: Callable[..., T], *args: Any, timeout: float) -> list[T]:
         if size == 1:
-            return [work(Member(), *args)]
+            # on the same board, or a long reference would look like a hang
+            return [work(Member(board=member.board), *args)]
         ranks: list[Any] = [None] * size
         dist.all_gather_object(ranks, work(member, *args))
         return ranks

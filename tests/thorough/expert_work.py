@@ -55,5 +55,5 @@ def sent_four_times(trainer: Trainer) -> None:
     """Whatever travels to experts is recorded four times."""
     launch = trainer.mesh.recorder.launch
     trainer.mesh.recorder.launch = (  # type: ignore[method-assign]
-        lambda op, axis, sent: launch(op, axis, sent * (4 if op == "all_to_all" else 1))
+        lambda op, axis, sent, *tensor: launch(op, axis, sent * (4 if op == "all_to_all" else 1), *tensor)
     )
