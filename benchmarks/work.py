@@ -129,10 +129,10 @@ def trainer_and_loop(member: Member, batch: int, rounds: int) -> list[list[float
 
 def noted_and_not(
     member: Member, strategy: str, batch: int, rounds: int
-) -> tuple[list[float], list[float], float, int]:
+) -> tuple[list[float], list[float], float, int, float]:
     """Processor time of this rank's steps that note on the board which collectives start, and of those that do not.
 
-    And of one note by itself, and how many there are in a step.
+    And of one note by itself, how many there are in a step, and of one look at the boards, as under torchrun.
     """
     import torch
 
@@ -169,4 +169,23 @@ def noted_and_not(
     begun = time.process_time()
     for _ in range(10_000):
         start(3, "all_gather", "dp_shard", "float32[1024]")
-    return *times, (time.process_time() - begun) / 10_000, count
+    return *times, (time.process_time() - begun) / 10_000, count, _look(member)
+
+
+def _look(member: Member) -> float:
+    import torch.distributed as dist
+
+    from sandbox.runtime.watch import Watch
+
+    port = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)] if member.rank == 0 else []
+    told = [port[0].port if port else 0]
+    dist.broadcast_object_list(told)
+    watch = Watch(member, dist.TCPStore("127.0.0.1", told[0], is_master=False), "benchmark", 600)
+    begun, looks = time.process_time(), 50
+    for _ in range(looks):
+        with watch._lock:
+            watch._reading = 0.0  # or it would spare itself some
+            watch._look()
+    took = time.process_time() - begun
+    watch.conclude()
+    return took / looks

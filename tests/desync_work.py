@@ -6,6 +6,7 @@ As a program, a rank under torchrun: what rank 1 does, and the timeout.
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,13 @@ def stop(member: Member, axis: Axis, number: int) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def strike_the_store(member: Member, axis: Axis, number: int) -> None:
+    pid, blow = map(int, os.environ["STORE"].split())
+    os.kill(pid, blow)
+    time.sleep(15)  # longer than the others wait
+    os._exit(0)
+
+
 def swap(member: Member, axis: Axis, number: int) -> None:
     """The same sizes, so that nothing hangs: one sum becomes the other."""
     for op in ("norm", "loss"):
@@ -69,6 +77,18 @@ def unmatched(member: Member) -> None:
     all_reduce(torch.ones(2), axis).wait()
     if member.rank == 0:
         all_reduce(torch.ones(2), axis)
+
+
+# Under torchrun
+
+
+def as_torchrun_starts(
+    member: Member, rank: int, size: int, port: int, sabotage: Callable[..., None], timeout: float
+) -> None:
+    """Be rank `rank` of `size`, as under a torchrun whose store has that port."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in told.items()}, TORCHELASTIC_USE_AGENT_STORE="True")
+    attach(size, in_order, sabotage, timeout=timeout)
 
 
 # In a training that is verified

@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from mmap import mmap
 from typing import Any
 
 import desync_work as work
 import pytest
+import torch.distributed as dist
 import world
 from traced import Traced
 
@@ -138,29 +141,92 @@ def test_verifying_names_the_desync(strategy: str) -> None:
 # Under torchrun
 
 
-def start(traced: Traced, sabotage: Callable[..., None], timeout: float) -> "subprocess.Popen[str]":
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3")
-    return traced.start(*torchrun, work.__file__, sabotage.__name__, str(timeout))
+def local_store() -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+@contextmanager
+def store_apart() -> Iterator["tuple[subprocess.Popen[str], int]"]:
+    """A process that keeps a store, as torchrun's agent does -> its port."""
+    code = """if True:
+        import time, torch.distributed as dist
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        print(store.port, flush=True)
+        time.sleep(1000)
+    """
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as keeper:
+        assert keeper.stdout
+        try:
+            yield keeper, int(keeper.stdout.readline())
+        finally:
+            keeper.kill()
+
+
+def started(port: int, sabotage: Callable[..., None], timeout: float) -> list[str]:
+    """What comes of three ranks, each by itself: the error, or nothing."""
+
+    def rank(number: int) -> str:
+        try:
+            launch(1, work.as_torchrun_starts, number, 3, port, sabotage, timeout, timeout=world.TIMEOUT)
+        except WorkerError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(3) as pool:
+        return list(pool.map(rank, range(3)))
+
+
+ENDED = "rank 0 ended with exit code 1 before its work was over"
+
+
+@parity
+@pytest.mark.parametrize(("sabotage", "text"), DIFFERENCES)
+def test_without_a_launcher_one_rank_tells_of_the_desync_as_soon_as_there_is_one(
+    capfd: pytest.CaptureFixture[str], sabotage: Callable[..., None], text: str
+) -> None:
+    store = local_store()
+    errors = started(store.port, sabotage, timeout=1000)
+    report = f"Ranks disagree on {text}"
+    if sabotage is work.swap:  # nothing hangs: at the end
+        assert errors == [report, "", ""]
+        return
+    told = capfd.readouterr().err.splitlines()
+    assert report in told[0] + errors[0]
+    assert {"rank 1 ends: rank 0 tells why.", "rank 2 ends: rank 0 tells why."} <= {*told}
+    assert errors[1:] == [ENDED, ENDED]
+
+
+@parity
+def test_without_a_launcher_ranks_that_agree_are_left_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    """The twin of those above and below."""
+    store = local_store()
+    assert started(store.port, work.nothing, timeout=4) == ["", "", ""]
+    assert capfd.readouterr().err == ""
 
 
 @linux
 @recovery
-@pytest.mark.parametrize(("sabotage", "text"), DIFFERENCES)
-def test_under_torchrun_one_rank_tells_of_the_desync_as_soon_as_there_is_one(
-    traced: Traced, sabotage: Callable[..., None], text: str
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_store_that_is_gone_or_does_not_answer_holds_up_no_report(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, blow: signal.Signals
 ) -> None:
-    with start(traced, sabotage, timeout=1000) as program:
-        _, errors = program.communicate()
-    assert program.returncode == 1
-    assert errors.partition("Traceback")[0].count(f"Ranks disagree on {text}") == 1
-    assert f"Ranks disagree on {text}" in errors.partition("Root Cause")[2]
-    assert not traced.processes()
+    with store_apart() as (keeper, port):
+        monkeypatch.setenv("STORE", f"{keeper.pid} {blow.value}")
+        begun = time.monotonic()
+        assert started(port, work.strike_the_store, timeout=4)[::2] == [ENDED, ENDED]
+    assert time.monotonic() - begun < world.TIMEOUT / 2
+    told = capfd.readouterr().err
+    for rank in (0, 2):
+        assert re.search(
+            f"rank {rank} makes no progress: waiting for .* in #3 {re.escape(LOST)}. The store .* does not", told
+        )
 
 
 @linux
 @recovery
 def test_under_torchrun_a_rank_that_is_stopped_is_named(traced: Traced) -> None:
-    with start(traced, work.stop, timeout=6) as program:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3")
+    with traced.start(*torchrun, work.__file__, "stop", "6") as program:
         assert program.stderr
         lines: list[str] = []
         for line in program.stderr:
@@ -175,14 +241,5 @@ def test_under_torchrun_a_rank_that_is_stopped_is_named(traced: Traced) -> None:
     assert report[2].startswith("  rank 1: does not answer: stopped, dead or cut off. It was last seen ")
     assert report[3].startswith("  rank 2: waiting for ")
     assert report[4] == "rank 2 ends: rank 0 tells why.\n"
+    assert f"Rank 1 (silent) never arrived: the others wait in #3 {LOST}" in "".join(lines).partition("Root Cause")[2]
     assert not traced.processes()
-
-
-@linux
-@recovery
-def test_under_torchrun_ranks_that_agree_are_left_alone(traced: Traced) -> None:
-    """The twin of those above."""
-    with start(traced, work.nothing, timeout=6) as program:
-        _, errors = program.communicate()
-    assert program.returncode == 0, errors
-    assert not re.search(r"\brank", errors)

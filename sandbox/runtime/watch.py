@@ -60,6 +60,7 @@ class Watch:
         self._main = threading.get_ident()
         self._returned = self._closed = False
         self._count, self._yielded = 0, 0
+        self._suspect = False
         self._reading = 0.0  # when to read next
         self._heard: dict[int, _Heard] = {}
         self._lock = threading.RLock()  # the thread's looks, and the last ones of the work's thread
@@ -116,7 +117,9 @@ class Watch:
         if not read:
             return
         if found := desync(self._boards()):
-            self._tell(found)
+            if self._suspect:  # at the second look: boards are up to a second old, and the last to come belongs in, too
+                self._tell(found)
+            self._suspect, now = True, 0.0
         elif still > patience and self._stuck(patience):
             self._tell(self._report())
         self._reading = now + (time.thread_time() - begun) / _SHARE
@@ -179,7 +182,11 @@ class Watch:
     def _report(self) -> str:
         heard: Mapping[int, _Heard] = self._heard
         entries = [heard[rank].entry if rank in heard else Board.private().read() for rank in range(self._member.world)]
-        text = hang(
+        if self._store is None:
+            seen = [f"  rank {rank}: {entry.last}" for rank, entry in enumerate(entries) if rank != self._member.rank]
+            mine = f"rank {self._member.rank} makes no progress: {entries[self._member.rank]}"
+            return "\n".join([f"{mine}. The store by which the ranks met does not answer. Of the others:", *seen])
+        return hang(
             self._boards(),
             entries,
             returned={rank for rank in heard if heard[rank].word.returned},
@@ -187,7 +194,6 @@ class Watch:
             places={rank: heard[rank].word.place for rank in heard},
             timeout=self._timeout,
         )
-        return text if self._store else f"{text}\nThe store by which the ranks met does not answer."
 
     def _tell(self, text: str) -> None:
         """Be the one to tell, and end; but let another who was first, unless that one is gone since."""
