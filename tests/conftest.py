@@ -18,7 +18,10 @@ TIERS = {"unit", "parity"}
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--draws", type=int, default=25, help="how many plans thorough/test_any_plan.py draws")
     parser.addoption(
-        "--faults", type=int, default=50, help="how many strike in thorough/test_faults_over_nodes_at_length"
+        "--faults",
+        type=int,
+        default=50,
+        help="how many strike a run of thorough/, of one host or two, in twice the steps",
     )
 
 

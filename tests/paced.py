@@ -11,7 +11,10 @@ GATE, PACE, step = Path(os.environ["GATE"]), float(os.environ["PACE"]), Trainer.
 
 
 def paced(trainer: Trainer) -> Step:
+    board = trainer.mesh.recorder.board
     while trainer.step >= int(GATE.read_text()):
+        if board:
+            board.alive()  # to stand at the gate is no hang
         time.sleep(0.01)
     time.sleep(PACE)
     return step(trainer)
