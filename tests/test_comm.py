@@ -117,7 +117,7 @@ def test_the_bytes_recorded_are_those_of_the_formulas(size: int) -> None:
         assert [number for number, *_ in events] == [1, 2, 3, 4]
         assert all(took_time for *_, took_time in events)
         assert [bytes_ for *_, bytes_, _ in events] == pytest.approx(list(wanted.values()))
-        assert board.startswith("finished #4 norm over dp")
+        assert board.startswith(f"finished #4 norm of float32[{whole}] over dp")
 
 
 @pytest.mark.unit

@@ -41,6 +41,8 @@ _LOOK = 1.0
 """s between looks."""
 _SILENT = 3.5
 """s without a new board after which a rank is taken for stopped or cut off."""
+_IDLE = 10
+"""Times as long may no rank get on when none waits in a collective."""
 _AFTER = 1.5
 """s that the others end after the one who told: torchrun's summary shows the first, and knows no fractions."""
 _SHARE = 0.01
@@ -173,11 +175,12 @@ class Watch:
     # What to make of it
 
     def _stuck(self, patience: float) -> bool:
-        """Whether nobody got on."""
-        if self._store is None and not self._member.board.read().waiting:
-            return False  # it may just compute; who waits for it is elsewhere
+        """Whether nobody got on, while one waits for another. If none waits, they may import or compile: for longer."""
         silent = self._silent()
-        return all(time.monotonic() - h.entry.moved > patience for rank, h in self._heard.items() if rank not in silent)
+        entries = [heard.entry for rank, heard in self._heard.items() if rank not in silent]
+        if not any(entry.waiting for entry in entries):
+            patience *= _IDLE
+        return all(time.monotonic() - entry.moved > patience for entry in entries)
 
     def _report(self) -> str:
         heard: Mapping[int, _Heard] = self._heard

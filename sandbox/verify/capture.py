@@ -96,7 +96,7 @@ def capture(
 
     Peak memory is that of the last step but one; traffic and timeline, which measuring it would disturb, of the last.
     """
-    recorder = Recorder(board=member.board)
+    recorder = Recorder(board=member.board if member.world > 1 else None)
     device = torch.device(member.device)
     mesh = Mesh(config.mesh.degrees, member.rank, device.type, recorder)
     corpus, start = (

@@ -23,8 +23,7 @@ def together(member: Member, cases: Sequence[Case], measure_peak: bool = False) 
 
     def world(size: int, work: Callable[..., T], *args: Any, timeout: float) -> list[T]:
         if size == 1:
-            # on the same board, or a long reference would look like a hang
-            return [work(Member(board=member.board), *args)]
+            return [work(Member(), *args)]
         ranks: list[Any] = [None] * size
         dist.all_gather_object(ranks, work(member, *args))
         return ranks
