@@ -8,7 +8,7 @@ from pathlib import Path
 import fuzz
 import pytest
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.timeout(600)]  # a disk under load takes its time
 
 
 def test_mutated_configs(tmp_path: Path) -> None:
