@@ -256,7 +256,10 @@ def _resolve(config: Config) -> Iterator[tuple[Planned, bool]]:
         except ConfigError as error:
             raise ConfigError(f"{path}.strategy: {error}" if "strategy" in str(error) else str(error)) from None
         if axis != strategy.AXIS:
-            raise ConfigError(f"{path}.strategy: {section.strategy} belongs to mesh.{strategy.AXIS}.")
+            raise ConfigError(
+                f"{path}.strategy: {section.strategy} belongs to mesh.{strategy.AXIS}. "
+                f"Set {path}.strategy: {USUAL[axis]}."
+            )
         options = check(strategy.Options, section.options, prefix=path, also=type(section).model_fields)
         if hasattr(strategy, "check") and section.degree > 1:
             strategy.check(config, options)

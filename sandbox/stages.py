@@ -64,17 +64,19 @@ def check_stages(config: Config, options: StageOptions) -> None:
     """Raise ConfigError where a schedule has another number of stages a rank, or there are fewer parts than stages."""
     name, each, degree, layers = options.schedule, options.each, config.mesh.pp.degree, config.model.layers
     if options.stages not in (None, each):
+        enough = degree * options.stages <= layers + 2
         raise ConfigError(
             f"mesh.pp.stages {options.stages}: schedule {name} has {each} on each rank. "
-            f"Set mesh.pp.stages: {each}, or mesh.pp.schedule: {' or '.join(options.looped)}."
+            f"Set mesh.pp.stages: {each}{', or mesh.pp.schedule: ' + ' or '.join(options.looped) if enough else ''}."
         )
     if degree * each > layers + 2:
-        fits = (layers + 2) // each
-        degrees = f", or mesh.pp.degree: {fits}" if fits > 1 else ""
+        ranks, stages = (layers + 2) // each, (layers + 2) // degree
+        fewer = f", or mesh.pp.degree: {ranks}" if ranks > 1 else ""
+        fewer += f", or mesh.pp.stages: {stages}" if stages and name in options.looped else ""
         raise ConfigError(
             f"mesh.pp.degree {degree} with {each} stage{'s' if each > 1 else ''} on each rank needs {degree * each} "
             f"parts, but embedding, {layers} layers and head are {layers + 2}. "
-            f"Set model.layers: {degree * each - 2}{degrees}."
+            f"Set model.layers: {degree * each - 2}{fewer}."
         )
 
 

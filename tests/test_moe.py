@@ -217,11 +217,11 @@ def wrong() -> Iterator[tuple[dict[str, object], str]]:
     )
     yield (
         {"model": experts, "mesh": {"dp": {"degree": 5}, "ep": {"degree": 5}}},
-        "mesh.ep.degree 5 is more than model.experts 4. Set model.experts: 5, or mesh.ep.degree: 4.",
+        "mesh.ep.degree 5 is more than model.experts 4. Set model.experts: 5, or mesh.ep.degree: 1.",
     )
     yield (
         {"mesh": {"dp": {"degree": 2}, "ep": {"degree": 2}}},
-        "mesh.ep.degree 2 is more than model.experts 0. Set model.experts: 2, or more.",
+        "mesh.ep.degree 2 is more than model.experts 0. Set model.experts: 2, or mesh.ep.degree: 1.",
     )
     yield (
         {"model": experts, "engine": "torch", "mesh": {"dp": {"degree": 2}, "ep": {"degree": 2}}},

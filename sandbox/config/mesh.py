@@ -72,15 +72,17 @@ class Mesh(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.dp.degree % self.dp.replicas:
+        dp, replicas, ep = self.dp.degree, self.dp.replicas, self.ep.degree
+        left, uneven = divmod(dp, ep)
+        if dp % replicas:
             raise ValueError(
-                f"mesh.dp.replicas {self.dp.replicas} does not divide mesh.dp.degree {self.dp.degree}. "
-                f"{divisors(self.dp.degree)}"
+                f"mesh.dp.replicas {replicas} does not divide mesh.dp.degree {dp}. {divisors(dp if uneven else left)}"
             )
-        if (ranks := self.dp.degree // self.dp.replicas) % self.ep.degree:
-            of = "mesh.dp.degree" + (" / mesh.dp.replicas" if self.dp.replicas > 1 else "")
+        if (ranks := dp // replicas) % ep:
+            of = "mesh.dp.degree" + (" / mesh.dp.replicas" if replicas > 1 else "")
+            fewer = "" if uneven else f", or mesh.dp.replicas: {left}"
             raise ValueError(
-                f"mesh.ep.degree {self.ep.degree} does not divide {of} {ranks}: experts are cut over data ranks. "
-                f"{divisors(ranks)}"
+                f"mesh.ep.degree {ep} does not divide {of} {ranks}: experts are cut over data ranks. "
+                f"{divisors(ranks)} Or set mesh.dp.degree: {math.ceil(dp / (replicas * ep)) * replicas * ep}{fewer}."
             )
         return self

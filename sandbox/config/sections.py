@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from sandbox.config.base import Count, Fraction, Section, brief, divisors
+from sandbox.config.base import Count, Fraction, Section, brief, divisors, that_do
 from sandbox.config.mesh import Mesh
 
 __all__ = ["Config", "Data", "Model", "Run", "Train"]
@@ -63,13 +63,16 @@ class Model(Section):
         if not self.experts:
             return self
         if self.top_k > self.experts:
+            also = " with model.renormalise: false" if self.experts == 1 and self.renormalise else ""
             raise ValueError(
-                f"model.top_k {self.top_k} is more than model.experts {self.experts}. Set model.top_k: {self.experts}."
+                f"model.top_k {self.top_k} is more than model.experts {self.experts}. "
+                f"Set model.top_k: {self.experts}{also}."
             )
         if self.top_k == 1 and self.renormalise:
+            two = ", or model.top_k: 2" if self.experts > 1 else ""
             raise ValueError(
                 "model.top_k 1 with model.renormalise makes every gate weight 1, and the router has no gradient of the "
-                "loss. Set model.renormalise: false, or model.top_k: 2."
+                f"loss. Set model.renormalise: false{two}."
             )
         if self.moe_every > self.layers:
             raise ValueError(
@@ -80,19 +83,23 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        step, groups = (2 if self.rotary else 1), self.kv_heads or 1  # rotary turns pairs of features
+        fit = [n for n in range(groups, min(self.width, 10_000) + 1, groups) if self.width % (n * step) == 0]
+        near = max(1, round(self.width / self.heads / step)) * step * self.heads
         if self.width % self.heads:
-            raise ValueError(
-                f"model.heads {self.heads} does not divide model.width {self.width}. {divisors(self.width)}"
-            )
+            fixes = [that_do(fit)] if fit else []
+            if self.heads % groups == 0 or not fit:
+                fixes.append(f"{'Or set' if fit else 'Set'} model.width: {near}.")
+            raise ValueError(f"model.heads {self.heads} does not divide model.width {self.width}. {' '.join(fixes)}")
         if self.heads % self.groups:
             raise ValueError(
                 f"model.kv_heads {self.groups} does not divide model.heads {self.heads}. {divisors(self.heads)}"
             )
         if self.rotary and (self.width // self.heads) % 2:
-            even = "" if self.width % 2 else f"model.heads to a divisor of {self.width // 2}, or "
+            fix = f", or model.heads: {' or '.join(map(str, fit))}" if fit else ""
             raise ValueError(
                 f"model.rotary needs an even head width, but model.width / model.heads = {self.width // self.heads}. "
-                f"Set {even}model.rotary: false."
+                f"Set model.rotary: false, or model.width: {near}{fix}."
             )
         return self
 
@@ -185,10 +192,11 @@ class Config(Section):
     def _fits(self) -> Self:
         if self.name == ".." or set(self.name) & set("/\\") or not self.name.isprintable() or len(self.name) > 200:
             raise ValueError(f"name {brief(self.name)} cannot be that of a folder. Use letters and digits.")
-        least = self.mesh.dp.degree * self.train.microbatches
-        if self.train.batch < least:
+        ranks, passes, batch = self.mesh.dp.degree, self.train.microbatches, self.train.batch
+        if batch < ranks * passes:
+            fewer = f", or train.microbatches: {batch // ranks}" if batch >= ranks else ""
             raise ValueError(
-                f"train.batch {self.train.batch} leaves a rank without a row: mesh.dp.degree {self.mesh.dp.degree} x "
-                f"train.microbatches {self.train.microbatches} need at least {least}. Set train.batch: {least}."
+                f"train.batch {batch} leaves a rank without a row: mesh.dp.degree {ranks} x train.microbatches "
+                f"{passes} need at least {ranks * passes}. Set train.batch: {ranks * passes}{fewer}."
             )
         return self

@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from sandbox.batch import Batch
 from sandbox.blockwise import Share
 from sandbox.comm import Axis, all_reduce, all_to_all, ring_bytes
-from sandbox.config import Config
+from sandbox.config import Config, that_do
 from sandbox.config import Options as Base
 from sandbox.errors import ConfigError
 from sandbox.mesh import Mesh
@@ -71,18 +71,20 @@ class Options(Base):
 
 def check(config: Config, options: Options) -> None:
     """Refuse a sequence that leaves a rank without a column, and heads that ranks cannot share."""
-    degree, sequence = config.mesh.cp.degree, config.data.sequence
+    degree, sequence, heads, tp = config.mesh.cp.degree, config.data.sequence, config.model.heads, config.mesh.tp
+    each = tp.degree if tp.options.get("sequence") else 1
+    fit = list(range(1, sequence // each + 1))
+    if by_heads := options.kind == "ulysses" and tp.degree == 1:  # of a rank of tp: tensor.py looks
+        fit = [n for n in fit[:heads] if heads % n == 0]
     if sequence < degree:
         raise ConfigError(
             f"data.sequence {sequence} leaves a rank without a column: mesh.cp.degree is {degree}. "
-            f"Set data.sequence: {degree}, or mesh.cp.degree: {sequence}."
+            f"Set data.sequence: {degree * each}{f', or mesh.cp.degree: {fit[-1]}' if fit else ''}."
         )
-    heads = config.model.heads  # of a rank of tp: tensor.py, which deals them out, looks whether they are shared evenly
-    if options.kind == "ulysses" and config.mesh.tp.degree == 1 and heads % degree:
-        fit = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+    if by_heads and degree not in fit:
         raise ConfigError(
-            f"mesh.cp.degree {degree} does not divide model.heads {heads}, as kind ulysses needs. "
-            f"Degrees that do: {fit}. With kind ring or gather any degree will do."
+            f"mesh.cp.degree {degree} does not divide model.heads {heads}, as mesh.cp.kind ulysses needs. "
+            f"{that_do(fit, 'Degrees')} Or set mesh.cp.kind: ring or gather."
         )
 
 

@@ -61,8 +61,12 @@ def check(config: Config, options: Options) -> None:
     """Every rank needs an expert."""
     degree, experts = config.mesh.ep.degree, config.model.experts
     if degree > experts:
-        fix = f"Set model.experts: {degree}" + (f", or mesh.ep.degree: {experts}." if experts else ", or more.")
-        raise ConfigError(f"mesh.ep.degree {degree} is more than model.experts {experts}. {fix}")
+        ranks = config.mesh.dp.degree // config.mesh.dp.replicas
+        fewer = next(n for n in range(max(1, experts), 0, -1) if ranks % n == 0)
+        raise ConfigError(
+            f"mesh.ep.degree {degree} is more than model.experts {experts}. "
+            f"Set model.experts: {degree}, or mesh.ep.degree: {fewer}."
+        )
 
 
 def dealt(config: Config) -> list[list[int]]:

@@ -40,6 +40,7 @@ Sources: Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language
 Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", MLSys 2023.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -50,7 +51,7 @@ from pydantic import Field
 from torch import nn
 
 from sandbox.comm import Axis, ring_bytes
-from sandbox.config import Config, Model
+from sandbox.config import Config, Model, that_do
 from sandbox.config import Options as Base
 from sandbox.errors import ConfigError
 from sandbox.mesh import Mesh
@@ -104,21 +105,22 @@ def times(part: range, width: int) -> range:
 
 def check(config: Config, options: Options) -> None:
     """Every rank needs something of everything that is cut."""
-    degree, cp, model = config.mesh.tp.degree, config.mesh.cp, config.model
+    degree, cp, model, kind = config.mesh.tp.degree, config.mesh.cp, config.model, config.mesh.cp.options.get("kind")
     least = {"model.heads": model.heads, "model.hidden": model.mlp_hidden, "model.vocab": model.padded_vocab}
-    if options.sequence:
-        least["data.sequence / mesh.cp.degree"] = max(1, config.data.sequence // cp.degree)
-    for name, size in least.items():
-        if degree > size:
-            raise ConfigError(f"mesh.tp.degree {degree} is more than {name} {size}. Degrees that do: 1 to {size}.")
-    if cp.degree > 1 and cp.options.get("kind") == "ulysses":
-        fit = [str(n) for n in range(1, model.heads + 1) if not any(count % cp.degree for count in heads(model, n))]
-        if str(degree) not in fit:
-            raise ConfigError(
-                f"mesh.cp.degree {cp.degree} does not divide the heads of each rank of tp, as mesh.cp.kind ulysses "
-                f"needs: of model.heads {model.heads} ranks have {', '.join(map(str, heads(model, degree)))}. "
-                f"Set mesh.cp.kind: ring{', or mesh.tp.degree: ' + ' or '.join(fit) if fit else ''}."
-            )
+    if options.sequence and config.data.sequence >= cp.degree:  # or context.py refuses it
+        least["data.sequence / mesh.cp.degree"] = config.data.sequence // cp.degree
+    name, size = min(least.items(), key=lambda item: item[1])
+    fit = [n for n in range(1, size + 1) if kind != "ulysses" or math.gcd(*heads(model, n)) % cp.degree == 0]
+    if degree > size:
+        raise ConfigError(f"mesh.tp.degree {degree} is more than {name} {size}. {that_do(fit or [1], 'Degrees')}")
+    if degree not in fit:
+        dealt = heads(model, degree)
+        others = [n for n in range(2, max(dealt) + 1) if math.gcd(*dealt) % n == 0]
+        named = [f", or mesh.{a}.degree: {' or '.join(map(str, do))}" for a, do in (("cp", others), ("tp", fit)) if do]
+        raise ConfigError(
+            f"mesh.cp.degree {cp.degree} does not divide the heads of each rank of tp, as mesh.cp.kind ulysses needs: "
+            f"of model.heads {model.heads} ranks have {str(dealt)[1:-1]}. Set mesh.cp.kind: ring{''.join(named)}."
+        )
 
 
 def heads(model: Model, degree: int) -> list[int]:

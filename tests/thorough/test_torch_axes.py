@@ -55,10 +55,10 @@ REFUSED: list[tuple[Axes, dict[str, Any], str]] = [
     (
         {"tp": {"degree": 4}},
         {"model": MANY.model_copy(update={"hidden": 5})},
-        "leaves a rank without .* MLP's width, 5",
+        r"leaves a rank without .* model.hidden 5\. Degrees that do: 1 to 3",
     ),
     ({"tp": {"degree": 2}, "dp": {"degree": 2, "strategy": "zero1"}}, {}, "mesh.tp: .* Set mesh.dp.strategy: fsdp"),
-    (mesh("1f1b", degree=4), {}, "train.microbatches 3: torch's 1F1B needs .* 4 stages. .*: 4, or .*: gpipe."),
+    (mesh("1f1b", degree=4), {}, "train.microbatches 3: torch's 1F1B needs .* 4 stages. .*: gpipe, or .*: 4."),
     (mesh("dualpipe_v"), {}, "train.microbatches 3: torch's DualPipeV needs one for each of 4 stages."),
     (mesh("interleaved"), {"train": {"microbatches": 5}}, "in 2 rounds of equal size .* Set train.microbatches: 4."),
     (mesh("zbv", degree=4), {}, "needs 8 parts, .* Set model.layers: 6."),

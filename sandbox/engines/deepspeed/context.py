@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from sandbox.batch import Batch
 from sandbox.blockwise import Share
 from sandbox.comm import all_reduce, ring_bytes
-from sandbox.config import Config
+from sandbox.config import Config, that_do
 from sandbox.config import Options as Base
 from sandbox.engines.deepspeed import _engine
 from sandbox.errors import UnsupportedError
@@ -52,15 +52,19 @@ class Options(Base):
 
 def check(config: Config, options: Options) -> None:
     """Raises UnsupportedError: columns that the degree does not divide, or fewer key/value heads than ranks."""
-    degree, model, tp = config.mesh.cp.degree, config.model, config.mesh.tp.degree
-    if config.data.sequence % degree:
+    degree, columns, tp = config.mesh.cp.degree, config.data.sequence, config.mesh.tp.degree
+    least = config.model.groups // tp
+    fit = that_do([n for n in range(1, least + 1) if columns % n == 0], "Degrees")
+    if columns % degree:
         raise UnsupportedError(
-            f"mesh.cp.degree {degree} does not divide data.sequence {config.data.sequence}, and DeepSpeed's Ulysses "
-            "deals out columns in equal parts only."
+            f"mesh.cp.degree {degree} does not divide data.sequence {columns}, and DeepSpeed's Ulysses deals out columns "
+            f"in equal parts only. {fit}"
         )
-    if (least := model.groups // tp) < degree:
-        held = f"model.kv_heads {model.groups}" if tp == 1 else f"the key/value heads of a rank of tp, {least}"
-        raise UnsupportedError(f"mesh.cp.degree {degree} is more than {held}: DeepSpeed's Ulysses gives each rank one.")
+    if least < degree:
+        held = f"model.kv_heads {least}" if tp == 1 else f"the key/value heads of a rank of tp, {least}"
+        raise UnsupportedError(
+            f"mesh.cp.degree {degree} is more than {held}: DeepSpeed's Ulysses gives each rank one. {fit}"
+        )
 
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:

@@ -73,7 +73,10 @@ def check(config: Config, options: Options) -> None:
             f"wait for ever. Set model.layers: {2 * degree - 2}, or mesh.dp.strategy: ddp."
         )
     if degree > layers + 2:
-        raise UnsupportedError(f"mesh.pp.degree {degree}: embedding, {layers} layers and head are {layers + 2} parts.")
+        raise UnsupportedError(
+            f"mesh.pp.degree {degree}: embedding, {layers} layers and head are {layers + 2} parts. "
+            f"Set model.layers: {degree - 2}, or mesh.pp.degree: {layers + 2}."
+        )
 
 
 class Part(nn.Module):

@@ -24,7 +24,7 @@ Source: DeepSpeed 0.19.8; Shoeybi et al., "Megatron-LM", 2019.
 from torch import nn
 
 from sandbox.comm import ring_bytes
-from sandbox.config import Config
+from sandbox.config import Config, that_do
 from sandbox.config import Options as Base
 from sandbox.engines.deepspeed import _engine, ddp
 from sandbox.engines.deepspeed._autotp import NORMS, cut_in, cuts
@@ -49,9 +49,12 @@ class Options(Base):
 def check(config: Config, options: Options) -> None:
     """Raises UnsupportedError: more ranks than key/value heads, or another axis."""
     degree, model = config.mesh.tp.degree, config.model
-    for name, count in (("model.kv_heads", model.groups), ("model.hidden", model.mlp_hidden)):
-        if count < degree:
-            raise UnsupportedError(f"mesh.tp.degree {degree} is more than {name} {count}: a rank would hold none.")
+    name, most = min(("model.kv_heads", model.groups), ("model.hidden", model.mlp_hidden), key=lambda item: item[1])
+    if degree > most:
+        raise UnsupportedError(
+            f"mesh.tp.degree {degree} is more than {name} {most}: a rank would hold none. "
+            f"{that_do(range(1, most + 1), 'Degrees')}"
+        )
     if config.mesh.pp.degree > 1:
         raise UnsupportedError(
             "mesh.pp: DeepSpeed's AutoTP takes all ranks that are not along tp for data ranks, stages too. "

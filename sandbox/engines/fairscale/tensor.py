@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from sandbox.comm import ring_bytes
-from sandbox.config import Config
+from sandbox.config import Config, that_do
 from sandbox.config import Options as Base
 from sandbox.errors import UnsupportedError
 from sandbox.mesh import Mesh
@@ -51,13 +51,13 @@ class Options(Base):
 def check(config: Config, options: Options) -> None:
     """Raises UnsupportedError: a width that ranks do not divide."""
     degree, model = config.mesh.tp.degree, config.model
-    for name, count in (
-        ("model.heads", model.heads),
-        ("model.kv_heads", model.groups),
-        ("model.hidden", model.mlp_hidden),
-    ):
+    cut = {"model.heads": model.heads, "model.kv_heads": model.groups, "model.hidden": model.mlp_hidden}
+    fit = [n for n in range(1, min(cut.values()) + 1) if not any(count % n for count in cut.values())]
+    for name, count in cut.items():
         if count % degree:
-            raise UnsupportedError(f"mesh.tp.degree {degree} does not divide {name} {count}, as FairScale needs.")
+            raise UnsupportedError(
+                f"mesh.tp.degree {degree} does not divide {name} {count}, as FairScale needs. {that_do(fit, 'Degrees')}"
+            )
 
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:

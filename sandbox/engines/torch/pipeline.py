@@ -80,19 +80,21 @@ def check(config: Config, options: Options) -> None:
     if config.model.experts:
         raise ConfigError(
             "model.experts: torch's schedules take the loss of the last stage alone, and experts add theirs on every "
-            "stage. Use engine native."
+            "stage. Set engine: native."
         )
     check_stages(config, options)
     name, degree, count = options.schedule, config.mesh.pp.degree, config.train.microbatches
+    other = "1f1b" if count >= degree else "gpipe"
     if config.model.tied and name in VS and config.mesh.dp.degree > 1:
         raise ConfigError(
             f"model.tied: schedule {name} has embedding and head on one rank, as two stages; torch's FSDP and "
-            "replicate take each stage as a root, and two roots cannot share a weight. Set mesh.pp.schedule: 1f1b."
+            "replicate take each stage as a root, and two roots cannot share a weight. "
+            f"Set mesh.pp.schedule: {other}."
         )
     if name in APART and config.train.recompute != "none" and config.mesh.tp.degree > 1:
         raise ConfigError(
             f"train.recompute: torch's {NAMES[name]} would compute a block, and its collectives over tp, again for "
-            "every few weights. Set train.recompute: none, or mesh.pp.schedule: 1f1b."
+            f"every few weights. Set train.recompute: none, or mesh.pp.schedule: {other}."
         )
     rounds = max(1, count // degree)
     if name in ("interleaved", "interleaved_zb") and count % rounds:
@@ -102,9 +104,11 @@ def check(config: Config, options: Options) -> None:
         )
     least = {"1f1b": degree, "dualpipe_v": 2 * degree}.get(name, 1)
     if count < least:
+        rows = least * config.mesh.dp.degree
+        more = f" with train.batch: {rows}" if rows > config.train.batch else ""
         raise ConfigError(
             f"train.microbatches {count}: torch's {NAMES[name]} needs one for each of {least} stages. "
-            f"Set train.microbatches: {least}, or mesh.pp.schedule: gpipe."
+            f"Set mesh.pp.schedule: gpipe, or train.microbatches: {least}{more}."
         )
 
 

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from sandbox.batch import Batch
 from sandbox.comm import Axis, ring_bytes
-from sandbox.config import Config
+from sandbox.config import Config, that_do
 from sandbox.config import Options as Base
 from sandbox.engines.torch._dtensors import (
     adds_up,
@@ -70,20 +70,27 @@ def check(config: Config, options: Options) -> None:
     """Refuse what DTensors cannot be cut into."""
     degree, model = config.mesh.tp.degree, config.model
     if model.experts:
-        raise ConfigError("model.experts: engine torch has no plan that cuts experts over tp. Use engine native.")
+        raise ConfigError("model.experts: engine torch has no plan that cuts experts over tp. Set engine: native.")
     equal = {"model.heads": model.heads, "model.kv_heads": model.groups}
     if options.sequence:
         equal["data.sequence"] = config.data.sequence
+    rows = {"model.hidden": model.mlp_hidden, "model.vocab": model.padded_vocab}
+    fit = [
+        n
+        for n in range(1, min(equal.values()) + 1)
+        if not any(size % n for size in equal.values()) and all(own_rows(size, n, n - 1) for size in rows.values())
+    ]
     for name, size in equal.items():
         if size % degree:
-            fit = ", ".join(str(n) for n in range(1, size + 1) if all(s % n == 0 for s in equal.values()))
             raise ConfigError(
                 f"mesh.tp.degree {degree} does not divide {name} {size}, and engine torch's DTensors cannot be viewed "
-                f"as uneven parts. Degrees that do: {fit}. Engine native needs none to divide."
+                f"as uneven parts. {that_do(fit, 'Degrees')} Engine native needs none to divide."
             )
-    for name, size in {"the MLP's width": model.mlp_hidden, "the vocabulary": model.padded_vocab}.items():
+    for name, size in rows.items():
         if not own_rows(size, degree, degree - 1):
-            raise ConfigError(f"mesh.tp.degree {degree} leaves a rank without a part of {name}, {size}. Lower it.")
+            raise ConfigError(
+                f"mesh.tp.degree {degree} leaves a rank without a part of {name} {size}. {that_do(fit, 'Degrees')}"
+            )
 
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
