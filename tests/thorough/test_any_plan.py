@@ -310,7 +310,7 @@ def counted(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[float, flo
 
 @pytest.mark.unit
 @given(trees(()), st.randoms(use_true_random=False))
-@settings(DRAWN, max_examples=40, derandomize=True)
+@settings(DRAWN, max_examples=20, derandomize=True)
 def test_the_norm_counts_every_element_once(tree: dict[str, Any], choose: random.Random) -> None:
     config, _ = allowed(tree, choose)
     with pytest.MonkeyPatch.context() as monkeypatch:
