@@ -141,13 +141,13 @@ class Forward:
     """Queries [B, H, S, E] of one rank, and what they have gathered from the keys and values met so far."""
 
     def __init__(self, q: Tensor) -> None:
-        self._dtype, self._q = q.dtype, q.to(wide(q.dtype))
+        self._dtype, self._q = q.dtype, _dense(q, wide(q.dtype))
         self._out = torch.zeros_like(self._q)
         self._lse = self._q.new_full(q.shape[:3], -torch.inf)
 
     def add(self, kv: Tensor, tiles: Sequence[Tile]) -> None:
         """Attend to a block's keys and values [2, B, G, S, E]."""
-        kv = kv.to(self._q.dtype)
+        kv = _dense(kv, self._q.dtype)
         for tile in tiles:
             q, out, lse = (x[:, :, tile.queries] for x in (self._q, self._out, self._lse))
             merge(out, lse, *_attend(q, kv[:, :, :, tile.keys], tile))
@@ -167,12 +167,12 @@ class Backward:
     """The way back: from the gradient of the result [B, H, S, E] to that of the queries, and of each block's keys."""
 
     def __init__(self, q: Tensor, out: Tensor, lse: Tensor, grad: Tensor) -> None:
-        self._grad, self._q, self._out = (tensor.to(wide(q.dtype)) for tensor in (grad, q, out))
+        self._grad, self._q, self._out = (_dense(tensor, wide(q.dtype)) for tensor in (grad, q, out))
         self._lse, self._dq = lse, torch.zeros_like(self._q)
 
     def add(self, kv: Tensor, tiles: Sequence[Tile]) -> Tensor:
         """What these queries give to the gradients of a block's keys and values, [2, B, G, S, E]."""
-        kv = kv.to(self._q.dtype)
+        kv = _dense(kv, self._q.dtype)
         grads = torch.zeros_like(kv)
         for tile in tiles:
             grad, q, out, lse = (x[:, :, tile.queries] for x in (self._grad, self._q, self._out, self._lse))
@@ -214,6 +214,12 @@ def _attend_backward(
     ds = (grad @ _each_head(v, q).mT - (out * grad).sum(-1, keepdim=True)) * weights * q.shape[-1] ** -0.5
     dk, dv = (each.unflatten(1, (k.shape[1], -1)).sum(2) for each in (ds.mT @ q, weights.mT @ grad))
     return ds @ _each_head(k, q), dk, dv
+
+
+def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype`, a head's elements side by side: the kernel takes that for granted, and does not look."""
+    tensor = tensor.to(dtype)
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def fused(tensor: Tensor) -> bool:

@@ -97,6 +97,21 @@ def test_attention_by_blocks_is_attention(
 
 
 @UNIT
+def test_heads_may_lie_in_memory_as_they_like() -> None:
+    """The kernel takes a head's elements to be side by side. Those of heads of two came otherwise."""
+    (share,) = shares(BATCHES["packed"], 1, "zigzag")
+    q, k, v, grad = (random(3, 10, 2, 23, seed=seed).mT for seed in range(4))
+    kv = torch.stack((k, v)).mT.contiguous().mT
+    forward = Forward(q)
+    forward.add(kv, share.tiles[0])
+    backward = Backward(q, *forward.result(), grad)
+    dk, dv = backward.add(kv, share.tiles[0])
+    found = forward.result()[0], backward.result(), dk, dv
+    for mine, expected in zip(found, plainly(q, k, v, grad, share), strict=True):
+        assert (mine - expected).abs().max() <= 1e-14 * expected.abs().max()
+
+
+@UNIT
 def test_scores_too_large_for_an_exponential_do_no_harm() -> None:
     batch = BATCHES["packed"]
     q, k, v, grad = (random(3, 2, 23, 4, seed=seed) for seed in range(4))

@@ -57,8 +57,8 @@ def check(config: Config, options: Options) -> None:
     fit = that_do([n for n in range(1, least + 1) if columns % n == 0], "Degrees")
     if columns % degree:
         raise UnsupportedError(
-            f"mesh.cp.degree {degree} does not divide data.sequence {columns}, and DeepSpeed's Ulysses deals out columns "
-            f"in equal parts only. {fit}"
+            f"mesh.cp.degree {degree} does not divide data.sequence {columns}, and DeepSpeed's Ulysses deals out "
+            f"columns in equal parts only. {fit}"
         )
     if least < degree:
         held = f"model.kv_heads {least}" if tp == 1 else f"the key/value heads of a rank of tp, {least}"
