@@ -80,7 +80,8 @@ def _runs(
 ) -> tuple[list[Capture], list[RowLoss]]:
     """The training, its sums in another order, and below float64 from neighbouring parameters; and each row's loss."""
     losses: list[RowLoss] = []
-    rows = config.train.model_copy(update={"microbatches": config.train.batch})
+    batch = config.train.batch  # row by row; or all at once, if row by row is how it is
+    rows = config.train.model_copy(update={"microbatches": batch if config.train.microbatches < batch else 1})
     runs = [
         capture(member, config, lambda trainer: losses.extend(_row_losses(trainer)), subject),
         capture(member, config.model_copy(update={"train": rows}), None, subject),
