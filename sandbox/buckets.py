@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sandbox.comm import Axis, Pending, all_reduce, reduce_scatter
 from sandbox.mesh import Mesh
 from sandbox.model import mixtures
-from sandbox.partition import Partition
+from sandbox.partition import Partition, by_ranges
 from sandbox.program import Program
 
 __all__ = ["Bucket", "Over", "ScatterSum", "cut_buckets", "reduce_in_backward", "summed_over"]
@@ -40,9 +40,7 @@ class Bucket:
         self, params: Mapping[str, nn.Parameter], partition: Partition | None = None, dtype: torch.dtype | None = None
     ) -> None:
         self.params, self.dtype = dict(params), dtype
-        self._partition = partition or Partition(  # of one rank
-            {name: p.shape for name, p in params.items()}, [{name: (0, p.numel()) for name, p in params.items()}], False
-        )
+        self._partition = partition or by_ranges(params, 1)
         self._flat: Tensor | None = None
         self._pieces: dict[str, list[Tensor]] = {}  # views of it
         self._filled: set[str] = set()

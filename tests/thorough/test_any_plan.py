@@ -11,7 +11,7 @@ import random
 import shlex
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from math import prod
@@ -31,6 +31,7 @@ from torch import Tensor
 from sandbox import program
 from sandbox.config import Config, check, load
 from sandbox.errors import ConfigError, UnsupportedError
+from sandbox.interchange.keys import leaves
 from sandbox.mesh import Mesh
 from sandbox.model import build
 from sandbox.plan import find, fold, plan, strategies
@@ -187,15 +188,6 @@ def allowed(tree: dict[str, Any], choose: random.Random) -> tuple[Config, list[s
         else:
             return config, said
     raise AssertionError("each piece of advice led to another refusal:\n" + "\n".join(said))
-
-
-def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting, by its path."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def command(config: Config, base: Path) -> str:
