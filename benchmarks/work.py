@@ -136,10 +136,10 @@ def noted_and_not(
     """
     import torch
 
-    from sandbox.comm import Recorder
     from sandbox.config import Config
     from sandbox.data import Corpus
     from sandbox.mesh import Mesh
+    from sandbox.recorder import Recorder
     from sandbox.trainer import Trainer
 
     dp = {"degree": member.world, "strategy": strategy}

@@ -1,4 +1,4 @@
-"""The collectives, each at the least bytes that it can send, and the recorder of what was sent.
+"""The collectives, each at the least bytes that it can send.
 
     collective        result on a rank                     bytes sent by a rank of n (P: bytes of the whole)
     all_reduce        the sum, everywhere                  2 (n-1)/n P
@@ -19,23 +19,20 @@ Lower bounds: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for c
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache, cached_property
-from typing import Protocol
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sandbox.recorder import Event, Recorder
+
 __all__ = [
     "Axis",
-    "Board",
-    "Event",
     "Pending",
-    "Recorder",
     "all_gather",
     "all_reduce",
     "all_to_all",
@@ -55,56 +52,6 @@ SMALL = 2**20
 One hop beats a ring of two ranks, although it adds twice as much; one call beats a message for each rank, although it
 copies this rank's own part.
 """
-
-
-class Board(Protocol):
-    """Where a rank writes which collective it is in, for whoever has to explain a hang or a difference."""
-
-    def start(self, members: int, op: str, axis: str, shape: str) -> None:
-        """The rank starts a collective of a group, a bit for each rank; all must agree on `shape`, with its dtype."""
-
-    def enter(self, number: int, op: str, axis: str, shape: str) -> None:
-        """The rank waits in a collective, of a tensor of that shape here, from now on."""
-
-    def leave(self) -> None:
-        """The rank has what it waited for."""
-
-    def alive(self) -> None:
-        """The rank gets on with something else: it reads or writes a checkpoint."""
-
-
-@dataclass
-class Event:
-    """One collective: bytes sent by this rank, seconds on this rank's clock."""
-
-    number: int
-    op: str
-    axis: str
-    bytes: float
-    start: float
-    end: float = 0.0
-    shape: str = ""
-
-
-@dataclass
-class Recorder:
-    """Counts what this rank sends, by collective and axis. `detailed` keeps every event, with the time it ended."""
-
-    board: Board | None = None
-    detailed: bool = False
-    sent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    events: list[Event] = field(default_factory=list)
-    number: int = 0
-
-    def launch(self, op: str, axis: str, sent: float, tensor: Tensor | None = None) -> Event:
-        """A collective of `tensor` starts."""
-        self.number += 1
-        self.sent[f"{op} {axis}"] += sent
-        shape = "" if tensor is None or self.board is None else _shape(tensor)
-        event = Event(self.number, op, axis, sent, time.perf_counter(), shape=shape)
-        if self.detailed:
-            self.events.append(event)
-        return event
 
 
 @dataclass(frozen=True)
@@ -300,16 +247,6 @@ def _exchange(outgoing: Sequence[Tensor], incoming: Sequence[Tensor], axis: Axis
 def _work(work: dist.Work | None) -> dist.Work:
     assert work is not None, "this rank is not in the group"
     return work
-
-
-def _shape(tensor: Tensor) -> str:
-    """`float32[2, 3]`."""
-    return f"{_name(tensor.dtype)}{[*tensor.shape]}"
-
-
-@cache
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -8,8 +8,9 @@ from typing import cast
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from sandbox.comm import Axis, Recorder
+from sandbox.comm import Axis
 from sandbox.errors import MeshError
+from sandbox.recorder import Recorder
 
 __all__ = ["Mesh"]
 

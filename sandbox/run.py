@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sandbox import checkpoint
-from sandbox.comm import Recorder
 from sandbox.config import Config
 from sandbox.data import Corpus, bits_per_byte
 from sandbox.errors import CheckpointError, ConfigError, TrainingError, WorkerError
@@ -21,6 +20,7 @@ from sandbox.measure import measured_run
 from sandbox.mesh import Mesh
 from sandbox.model import build
 from sandbox.plan import get_ready, name_of, plan
+from sandbox.recorder import Recorder
 from sandbox.runtime import Member, attach, attached, launch, started
 from sandbox.supervisor import Supervision, resized, supervise
 from sandbox.trainer import Step, Trainer

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import world
 
-from sandbox.comm import Axis, Recorder, all_gather, all_reduce
+from sandbox.comm import Axis, all_gather, all_reduce
 from sandbox.errors import SandboxError
+from sandbox.recorder import Recorder
 from sandbox.runtime import Member, attach, leave
 from sandbox.trainer import Trainer
 

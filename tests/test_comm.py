@@ -5,7 +5,8 @@ import torch
 import world
 from torch import Tensor
 
-from sandbox.comm import Axis, Recorder, all_gather, all_reduce, reduce_scatter, ring_bytes
+from sandbox.comm import Axis, all_gather, all_reduce, reduce_scatter, ring_bytes
+from sandbox.recorder import Recorder
 from sandbox.runtime import Board, launch
 
 WORLDS = pytest.mark.parametrize("size", [2, 3, 4])

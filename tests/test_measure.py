@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import _functional_collectives as functional
 from torch.nn.parallel import DistributedDataParallel
 
-from sandbox.comm import Recorder, all_reduce
+from sandbox.comm import all_reduce
 from sandbox.config import Config
 from sandbox.data import Corpus
 from sandbox.measure import Peak, Timeline, Traffic, align, held, interface_bytes
@@ -25,6 +25,7 @@ from sandbox.model import build
 from sandbox.plan import predict
 from sandbox.predict import bytes_of
 from sandbox.program import Program
+from sandbox.recorder import Recorder
 from sandbox.runtime import Member, launch
 from sandbox.trainer import Trainer
 from sandbox.verdict import Span

@@ -13,11 +13,12 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from sandbox import units
 from sandbox.batch import Batch
-from sandbox.comm import SMALL, Axis, Pending, Recorder, all_gather, all_reduce, reduce_scatter
+from sandbox.comm import SMALL, Axis, Pending, all_gather, all_reduce, reduce_scatter
 from sandbox.config import Config, Data, Model, Train
 from sandbox.config import Mesh as MeshConfig
 from sandbox.data import Corpus
 from sandbox.mesh import Mesh
+from sandbox.recorder import Recorder
 from sandbox.runtime import Member, launch
 from sandbox.trainer import Trainer
 from sandbox.verify import Verifier

@@ -82,8 +82,9 @@ class Saver:
     def wait(self) -> None:
         """Block until the save under way is complete, on all ranks."""
         pending, self._pending = self._pending, None
-        if pending:
-            pending.result()
+        if pending and self._together:
+            with self._together.waiting():
+                pending.result()
 
     def _write(self, together: Together, step: int, pieces: Mapping[str, Piece], facts: Mapping[str, Any]) -> None:
         first = not dist.is_initialized() or dist.get_rank() == 0

@@ -6,15 +6,17 @@ times in `timeout`, how many bytes they have moved. While any rank moves some, o
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from threading import Thread
 from typing import Any, Generic, Self, TypeVar, cast
 
 import torch.distributed as dist
 
 from sandbox.errors import CheckpointError, WorkerError
+from sandbox.recorder import Recorder
+from sandbox.runtime.aside import begun
 from sandbox.runtime.board import ranks
 from sandbox.trainer import Trainer
 
@@ -29,8 +31,8 @@ _STILL = 8  # looks, so that this is told before the launcher takes it for a han
 class Together:
     """`together(work)`: see there. All ranks make one, and call it alike.
 
-    `timeout` in s, None for ever. `alive` is called whenever this rank has moved bytes: `together.moved(bytes)` in
-    the work. `group` None: the world's.
+    `timeout` in s, None for ever. Bytes that this rank has moved, `together.moved(bytes)` in the work, and its waiting
+    for others stand on the board of `recorder`. `group` None: the world's; another is for a thread beside the training.
 
     Raises CheckpointError, on all ranks: it failed on one.
     Raises WorkerError, on all ranks: for `timeout` no rank moved a byte.
@@ -40,27 +42,32 @@ class Together:
         self,
         group: dist.ProcessGroup | None = None,
         timeout: float | None = None,
-        alive: Callable[[], None] = lambda: None,
+        recorder: Recorder | None = None,
     ) -> None:
-        self.group, self.timeout, self._alive, self._bytes = group, timeout, alive, 0
+        self.group, self.timeout, self._recorder, self._bytes = group, timeout, recorder or Recorder(), 0
 
     @classmethod
     def of(cls, trainer: Trainer, *, own: bool = False) -> Self:
         """For the ranks of a trainer. `own`: in a group of their own, for a thread beside the training."""
-        timeout, board, group = trainer.config.run.timeout, trainer.mesh.recorder.board, None
+        timeout, group = trainer.config.run.timeout, None
         if own and dist.is_initialized():  # twice that, for who reads the boards explains a hang better, and first
             limit = timedelta(seconds=2 * timeout)
             group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=limit))
-        return cls(group, timeout, board.alive if board else lambda: None)
+        return cls(group, timeout, trainer.mesh.recorder)
 
     def moved(self, count: int) -> None:
         """Note that this rank has read or written so many bytes. Called by the work."""
         self._bytes += count
-        self._alive()
+        if self._recorder.board:
+            self._recorder.board.alive()
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Within it the thread of the training waits for the others."""
+        return self._recorder.waiting("checkpoint", "world")
 
     def __call__(self, work: Callable[[], T]) -> list[T]:
         """Do `work` on all ranks -> its results by rank."""
-        mine = _begun(work)
+        mine = begun(lambda: _ended(work), "checkpoint files")
         before, still = None, 0
         while True:
             wait([mine], None if self.timeout is None else self.timeout / _LOOKS)
@@ -85,7 +92,8 @@ class Together:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return [mine]
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine, group=self.group)
+        with nullcontext() if self.group else self.waiting():
+            dist.all_gather_object(everyone, mine, group=self.group)
         return everyone
 
 
@@ -101,18 +109,12 @@ class _State(Generic[T]):
     done: _Done[T] | None
 
 
-def _begun(work: Callable[[], T]) -> "Future[_Done[T]]":
-    """What becomes of `work`, which goes on in a thread. One that is stuck keeps no process from ending."""
-    future: Future[_Done[T]] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(_Done(work()))
-        except CheckpointError as error:
-            future.set_result(_Done(None, str(error)))
-        except Exception as error:
-            rank = dist.get_rank() if dist.is_initialized() else 0
-            future.set_result(_Done(None, f"on rank {rank}: {error!r}"))
-
-    Thread(target=run, name="checkpoint files", daemon=True).start()
-    return future
+def _ended(work: Callable[[], T]) -> "_Done[T]":
+    """What becomes of `work`, to tell the others."""
+    try:
+        return _Done(work())
+    except CheckpointError as error:
+        return _Done(None, str(error))
+    except Exception as error:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return _Done(None, f"on rank {rank}: {error!r}")

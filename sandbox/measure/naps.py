@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sandbox.comm import Recorder
 from sandbox.config import Config
 from sandbox.data import Corpus
 from sandbox.mesh import Mesh
 from sandbox.model import Transformer
 from sandbox.orders import LOOPED
+from sandbox.recorder import Recorder
 from sandbox.runtime import Member, launch
 from sandbox.schedules import Schedule, make
 from sandbox.trainer import Trainer

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sandbox.comm import Board
+from sandbox.recorder import Board
 from sandbox.trainer import Trainer
 from sandbox.verdict import Span
 
@@ -124,6 +124,10 @@ class _Waits:
         if self.board:
             self.board.leave()
         self.timeline.end()
+
+    def alive(self) -> None:
+        if self.board:
+            self.board.alive()
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -30,10 +30,11 @@ from torch.distributed import distributed_c10d
 from torch.nn.utils import clip_grad
 
 from sandbox import comm
-from sandbox.comm import Event, ring_bytes
+from sandbox.comm import ring_bytes
 from sandbox.errors import MeshError
 from sandbox.measure.operations import Operations
 from sandbox.mesh import Mesh
+from sandbox.recorder import Event
 
 __all__ = ["Traffic", "interface_bytes"]
 

@@ -21,13 +21,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from traceback import walk_stack
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from sandbox.errors import WorkerError
+from sandbox.runtime.aside import begun
 from sandbox.runtime.board import Board, Entry, outside_torch
 from sandbox.runtime.desync import desync, hang, uneven
 from sandbox.runtime.failure import Failure
@@ -65,6 +66,7 @@ class Watch:
         self._suspect = False
         self._reading = 0.0  # when to read next
         self._heard: dict[int, _Heard] = {}
+        self._asked: Future[Any] | None = None  # what was asked of the store last
         self._lock = threading.RLock()  # the thread's looks, and the last ones of the work's thread
         self._bell = threading.Event()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
@@ -155,14 +157,18 @@ class Watch:
                 self._heard[rank] = _Heard(new, time.monotonic())
 
     def _ask(self, call: Callable[[Any], T]) -> T | None:
-        """What the store answers; None if it is gone."""
-        if self._store is None:
+        """What the store answers; None if it is gone, or slow: then no more is asked of it until it has answered."""
+        if self._mute:
             return None
+        self._asked = begun(lambda: call(self._store), "store")
         with suppress(TimeoutError, RuntimeError):  # torch's errors are RuntimeErrors
-            store = self._store
-            return _within(_SILENT, lambda: call(store))
-        self._store = None
+            return cast(T, self._asked.result(_SILENT))
         return None
+
+    @property
+    def _mute(self) -> bool:
+        """Whether the store has not answered, or by an error: its connection is lost."""
+        return self._asked is not None and (not self._asked.done() or self._asked.exception() is not None)
 
     def _boards(self) -> list[Board]:
         heard = self._heard
@@ -185,7 +191,7 @@ class Watch:
     def _report(self) -> str:
         heard: Mapping[int, _Heard] = self._heard
         entries = [heard[rank].entry if rank in heard else Board.private().read() for rank in range(self._member.world)]
-        if self._store is None:
+        if self._mute:
             seen = [f"  rank {rank}: {entry.last}" for rank, entry in enumerate(entries) if rank != self._member.rank]
             mine = f"rank {self._member.rank} makes no progress: {entries[self._member.rank]}"
             return "\n".join([f"{mine}. The store by which the ranks met does not answer. Of the others:", *seen])
@@ -267,20 +273,6 @@ def _place(frame: FrameType | None) -> str:
         if outside_torch(inner.f_code.co_filename):
             return f"{inner.f_code.co_filename}:{line} in {inner.f_code.co_name}"
     return "?"
-
-
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """What `call` returns. Raises TimeoutError: not in time. It then is left to itself, in its thread."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="store", daemon=True).start()
-    return future.result(seconds)
 
 
 def _say(text: str) -> None:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from sandbox.batch import Batch
-from sandbox.comm import Recorder
 from sandbox.config import Config
 from sandbox.data import Corpus
 from sandbox.layout import Layout, local
 from sandbox.measure import Figures, Peak, timed
 from sandbox.mesh import Mesh
 from sandbox.program import Program
+from sandbox.recorder import Recorder
 from sandbox.runtime import Member
 from sandbox.trainer import Trainer
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sandbox.comm import Recorder
 from sandbox.config import Config
 from sandbox.data import Corpus
 from sandbox.mesh import Mesh
 from sandbox.model import mixtures
+from sandbox.recorder import Recorder
 from sandbox.runtime import Member
 from sandbox.trainer import Trainer
 

@@ -19,6 +19,7 @@ Bytes sent by a rank for each microbatch: n ranks, L blocks, X bytes of hidden s
 
     all_reduce       2 (n-1)/n X (4 L + 2)    twice a block in forward and in backward; embedding, input of the head
     all_reduce       2 (n-1)/n 3 B S numbers  the loss: maximum, sum of exponentials, the target's logit
+    all_reduce       2 (n-1)/n B S top_k      numbers: gradients of a mixture's gate weights (_mixtures.py)
 
 and once a step 2 (n-1)/n w for gradients of shared weights, each by itself; under FSDP or `replicate` (ddp.py), which
 take gradients over, each time that they reduce; what FSDP has gathered as bfloat16, as that. With `sequence` each
@@ -50,9 +51,10 @@ from sandbox.engines.torch._dtensors import (
     reductions,
     retie,
 )
+from sandbox.engines.torch._mixtures import cut_mixtures, styles_of
 from sandbox.errors import ConfigError
 from sandbox.mesh import Mesh
-from sandbox.model import Block, Transformer
+from sandbox.model import Block, MoE, Transformer, mixtures
 from sandbox.model.dropout import Dropout
 from sandbox.predict import Prediction, bytes_of, state_copies
 from sandbox.program import Program, replace_parameters
@@ -69,8 +71,6 @@ class Options(Base):
 def check(config: Config, options: Options) -> None:
     """Refuse what DTensors cannot be cut into."""
     degree, model = config.mesh.tp.degree, config.model
-    if model.experts:
-        raise ConfigError("model.experts: engine torch has no plan that cuts experts over tp. Set engine: native.")
     equal = {"model.heads": model.heads, "model.kv_heads": model.groups}
     if options.sequence:
         equal["data.sequence"] = config.data.sequence
@@ -104,6 +104,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     assert isinstance(model, Transformer)
     parallelize_module(model, device_mesh, styles(model, options), src_data_rank=None)
     retie(program)
+    cut_mixtures(model, device_mesh, between(options))
     for module in model.modules():
         if any(not isinstance(param, DTensor) for param in module.parameters(recurse=False)):
             distribute_module(
@@ -159,7 +160,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
 
 def styles(model: Transformer, options: Options) -> dict[str, Any]:
     """Module -> how it is cut, for `parallelize_module`. What is not named is replicated."""
-    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         PrepareModuleInput,
@@ -167,33 +168,43 @@ def styles(model: Transformer, options: Options) -> dict[str, Any]:
         SequenceParallel,
     )
 
-    between, whole = Shard(1) if options.sequence else Replicate(), Replicate()
+    outside, whole = between(options), Replicate()
 
     def enter(*others: None) -> PrepareModuleInput:
-        return PrepareModuleInput(input_layouts=(between, *others), desired_input_layouts=(whole, *others))
+        return PrepareModuleInput(input_layouts=(outside, *others), desired_input_layouts=(whole, *others))
 
     plan: dict[str, Any] = {}
     if model.embed is not None:
-        plan["embed"] = RowwiseParallel(input_layouts=whole, output_layouts=between)
+        plan["embed"] = RowwiseParallel(input_layouts=whole, output_layouts=outside)
     for key, block in model.blocks.items():
         assert isinstance(block, Block)
         at = f"blocks.{key}"
-        plan |= {f"{at}.attention": enter(None), f"{at}.mlp": enter()}
+        plan |= {f"{at}.attention": enter(None), f"{at}.attention.o": RowwiseParallel(output_layouts=outside)}
         plan |= {f"{at}.attention.{name}": ColwiseParallel() for name in ("q", "k", "v")}
-        plan |= {f"{at}.{name}": RowwiseParallel(output_layouts=between) for name in ("attention.o", "mlp.down")}
-        for name in ("gate", "up"):
-            if getattr(block.mlp, name) is not None:  # to `down` as DTensors: a local part does not tell the whole
-                plan[f"{at}.mlp.{name}"] = ColwiseParallel(use_local_output=False)
+        if isinstance(block.mlp, MoE):
+            plan |= styles_of(block.mlp, f"{at}.mlp")
+        else:
+            plan |= {f"{at}.mlp": enter(), f"{at}.mlp.down": RowwiseParallel(output_layouts=outside)}
+            for name in ("gate", "up"):
+                if getattr(block.mlp, name) is not None:  # to `down` as DTensors: a local part does not tell the whole
+                    plan[f"{at}.mlp.{name}"] = ColwiseParallel(use_local_output=False)
         for name in ("q_norm", "k_norm"):
             if list(getattr(block.attention, name).parameters()):  # a sequence of heads
                 plan[f"{at}.attention.{name}"] = SequenceParallel(sequence_dim=1, use_local_output=True)
         if options.sequence:
             plan |= {f"{at}.{name}": SequenceParallel(use_local_output=True) for name in ("norm1", "norm2")}
     if model.head is not None:
-        plan["head"] = ColwiseParallel(input_layouts=between, use_local_output=False)
+        plan["head"] = ColwiseParallel(input_layouts=outside, use_local_output=False)
         if options.sequence:
             plan["norm"] = SequenceParallel(use_local_output=True)
     return plan
+
+
+def between(options: Options) -> Any:
+    """How the hidden state lies outside attention, MLP and head."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    return Shard(1) if options.sequence else Replicate()
 
 
 def own_columns(axis: Axis, x: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
@@ -229,7 +240,8 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
     shared = once if casts(config) and not adds_up(config) else own
     number = (4 * blocks + last) * once + first * stored
     gathers, sums = (2, 1 + (config.model.dropout > 0)) if config.train.recompute == "full" else (0, 0)  # run again
-    terms = 3 * last * torch.promote_types(model.dtype, torch.float32).itemsize
+    wide = torch.promote_types(model.dtype, torch.float32).itemsize
+    terms, gates = 3 * last * wide, len(list(mixtures(model))) * config.model.top_k * wide
     traffic: dict[str, float] = defaultdict(float)
     for rows in microbatch_rows(mesh, config):
         tokens = rows * config.data.sequence
@@ -239,7 +251,7 @@ def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> P
             traffic[f"reduce_scatter {AXIS}"] += (number + sums * blocks * once) * across / 2
         else:
             traffic[f"all_reduce {AXIS}"] += (number + sums * blocks * once) * across
-        traffic[f"all_reduce {AXIS}"] += ring_bytes(terms * tokens, axis.size)
+        traffic[f"all_reduce {AXIS}"] += ring_bytes((terms + gates) * tokens, axis.size)
     traffic[f"all_reduce {AXIS}"] += reductions(config) * ring_bytes(partial * shared // own, axis.size)
     held = bytes_of(model.parameters())
     memory = {"parameters": held, "gradients": held, "optimizer": state_copies(config.train) * held}

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from sandbox.batch import Batch
-from sandbox.comm import Axis, Event, Pending
+from sandbox.comm import Axis, Pending
 from sandbox.program import Program, training_loss
+from sandbox.recorder import Event
 from sandbox.trainer import Trainer
 from sandbox.verdict import Verdict
 from sandbox.verify.cases import alone
