@@ -87,7 +87,10 @@ def resized(config: Config, world: int) -> Config:
     others = config.mesh.world // dp.degree
     degree, left = divmod(world, others)
     if left or not degree:
-        raise MeshError(f"{world} ranks: the other axes of the mesh need a multiple of {others}.")
+        near = " or ".join(str(others * n) for n in (degree, degree + 1) if n)
+        raise MeshError(
+            f"{world} ranks: no mesh.dp.degree makes so many, for the other axes take {others}. Start {near}."
+        )
     passes = -(-config.train.microbatches * dp.degree // degree)
     tree = config.model_dump()
     tree["mesh"]["dp"]["degree"] = degree

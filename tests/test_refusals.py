@@ -269,11 +269,6 @@ TABLE: dict[str, tuple[str, str, list[str]]] = {
         "parameters. Set mesh.dp.strategy: fsdp, or ddp.",
         ["engine=native"],
     ),
-    "experts over torch's tp": (
-        "engine=torch mesh.tp.degree=2 model.experts=4",
-        "model.experts: engine torch has no plan that cuts experts over tp. Set engine: native.",
-        ["model.experts=0"],
-    ),
     "strategy that an engine lacks": (
         "engine=torch mesh.dp.degree=2 mesh.dp.strategy=zero3",
         "engine torch cannot run zero3: torch.distributed has it as FSDP, cut by rows. Use strategy fsdp.",

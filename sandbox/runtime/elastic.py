@@ -50,7 +50,8 @@ def attach(
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if started() != world:
         raise MeshError(
-            f"the mesh has {world} ranks, but torchrun started {started()}. Start {world}, or change a degree."
+            f"the mesh has {world} ranks, but torchrun started {started()}. Start {world} (--nproc-per-node times "
+            "--nnodes), or change a degree, such as mesh.dp.degree."
         )
     listener = on_message or (lambda rank, message: None)
     member = Member(

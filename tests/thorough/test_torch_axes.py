@@ -16,7 +16,7 @@ from sandbox.model import build
 from sandbox.plan import plan
 from sandbox.runtime import launch, warm
 from sandbox.verify import Verdict, Verifier
-from sandbox.verify.cases import EXPERTS, MANY, MODEL, TIED, case
+from sandbox.verify.cases import EXPERTS, MANY, MODEL, SWITCH, TIED, case
 
 UNIT, PARITY = pytest.mark.unit, pytest.mark.parity
 
@@ -43,7 +43,6 @@ def settings(axes: Axes, **changes: Any) -> Config:
 
 
 REFUSED: list[tuple[Axes, dict[str, Any], str]] = [
-    ({"tp": {"degree": 2}}, {"model": EXPERTS}, "model.experts: engine torch has no plan that cuts experts over tp"),
     (mesh("1f1b"), {"model": EXPERTS}, "model.experts: torch's schedules take the loss of the last stage alone"),
     (
         {"tp": {"degree": 3}},
@@ -143,6 +142,12 @@ CASES: dict[str, tuple[Axes, dict[str, Any]]] = {
         {"pp": {"degree": 2, "schedule": "interleaved", "stages": 3}, "dp": {"degree": 2, "strategy": "fsdp"}},
         {"model": DEEP},
     ),
+    **{
+        f"experts, tp, {dp}, sequence {sequence}": (mesh(dp=dp, tp=True, sequence=sequence), {"model": EXPERTS})
+        for dp, sequence in (("ddp", False), ("fsdp", True))
+    },
+    "experts, recompute full": (mesh(sequence=True), {"model": EXPERTS, "train": {"recompute": "full"}}),
+    "experts, one choice": (mesh(tp=True), {"model": SWITCH.model_copy(update={"kv_heads": 2})}),
     "ddp, tp, pp": (mesh("1f1b", "ddp", sequence=True), {}),
     "fsdp, tp, pp, tied": (mesh("gpipe", "fsdp", tp=True), {"model": ONE_EACH}),
     "fsdp, tp, pp, zero bubble": (mesh("interleaved_zb", "fsdp", sequence=True), {}),
