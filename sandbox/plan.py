@@ -36,7 +36,7 @@ from torch import nn
 
 import sandbox.engines
 import sandbox.strategies
-from sandbox.config import Config, Options, check
+from sandbox.config import Config, Options, brief, check
 from sandbox.errors import ConfigError, UnsupportedError
 from sandbox.layout import Layout
 from sandbox.mesh import Mesh
@@ -133,11 +133,11 @@ def preload(engine: str) -> list[str]:
 def find(engine: str, name: str) -> Strategy:
     """The module of a strategy. Raises UnsupportedError with the reason, or ConfigError with the nearest name."""
     if engine not in engines():
-        raise ConfigError(f"engine: {engine!r} is not an engine. {_nearest(engine, engines())}")
+        raise ConfigError(f"engine: {brief(engine)} is not an engine. {_nearest(engine, engines())}")
     if name in (reasons := unsupported(engine)):
         raise UnsupportedError(f"engine {engine} cannot run {name}: {reasons[name]}")
     if name not in strategies(engine):
-        raise ConfigError(f"{name!r} is not a strategy of engine {engine}. {_nearest(name, strategies(engine))}")
+        raise ConfigError(f"{brief(name)} is not a strategy of engine {engine}. {_nearest(name, strategies(engine))}")
     return cast(Strategy, importlib.import_module(f"{_package(engine)}.{name}"))
 
 

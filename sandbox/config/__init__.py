@@ -4,7 +4,7 @@ A config is a YAML file of five sections (`mesh`, `model`, `data`, `train`, and 
 and an `engine`. What is left out has a default. Unknown keys are refused with the nearest right name.
 """
 
-from sandbox.config.base import Options, that_do
+from sandbox.config.base import Options, brief, that_do
 from sandbox.config.mesh import AXES, Axis, DataAxis, Mesh
 from sandbox.config.reading import check, load
 from sandbox.config.sections import Config, Data, Model, Run, Train
@@ -20,6 +20,7 @@ __all__ = [
     "Options",
     "Run",
     "Train",
+    "brief",
     "check",
     "load",
     "that_do",
