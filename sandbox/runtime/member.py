@@ -45,12 +45,12 @@ def join(member: Member, *, timeout: float, threads: int, place: str = "env://")
 
     torch.set_num_threads(threads)
     device = torch.device(member.device)
-    if device.type == "cpu":
-        _take_turns()
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
             raise MeshError(f"rank {member.rank} has no GPU: this machine has {torch.cuda.device_count()}.")
         torch.cuda.set_device(device)
+    else:
+        _take_turns()
     if member.world == 1:
         return None
     member.board.enter(0, "init_process_group", "world")

@@ -1,4 +1,4 @@
-"""Mixtures of experts in DTensors over tp: each expert is cut like an MLP, their sum is taken once, weighted.
+"""Mixtures of experts in DTensors over tp: each expert is cut like an MLP (tensor.py), their sum taken once, weighted.
 
 The router sees whole columns on every rank. What it sees and what experts see is one tensor forward. Backward, the
 router's gradient of it is whole on each rank, and experts' a term of a sum; so is that of the gate weights.
@@ -8,25 +8,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from sandbox.model import MoE, mixtures
+from sandbox.model import mixtures
 
-__all__ = ["cut_mixtures", "styles_of"]
-
-
-def styles_of(moe: MoE, at: str) -> dict[str, Any]:
-    """Layers of the experts of a mixture, named `at` -> how each is cut, for `parallelize_module`."""
-    from torch.distributed.tensor import Partial
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-
-    plan: dict[str, Any] = {}
-    for number, expert in moe.experts.items():
-        for name, _ in expert.named_children():
-            plan[f"{at}.experts.{number}.{name}"] = (
-                RowwiseParallel(output_layouts=Partial(), use_local_output=False)
-                if name == "down"
-                else ColwiseParallel(use_local_output=False)
-            )
-    return plan
+__all__ = ["cut_mixtures"]
 
 
 def cut_mixtures(model: nn.Module, mesh: Any, between: Any) -> None:
@@ -57,6 +41,6 @@ def cut_mixtures(model: nn.Module, mesh: Any, between: Any) -> None:
             distribute_module(
                 expert,
                 mesh,
-                input_fn=cast(Any, lambda _, args, mesh: (take(args[0], Replicate(), Partial()), *args[1:])),
+                input_fn=cast(Any, lambda _, args, mesh: take(args[0], Replicate(), Partial())),
                 output_fn=cast(Any, lambda _, out, mesh: give(out, Replicate())),
             )

@@ -51,10 +51,11 @@ from sandbox.engines.torch._dtensors import (
     reductions,
     retie,
 )
-from sandbox.engines.torch._mixtures import cut_mixtures, styles_of
+from sandbox.engines.torch._mixtures import cut_mixtures
+from sandbox.engines.torch._styles import between, styles
 from sandbox.errors import ConfigError
 from sandbox.mesh import Mesh
-from sandbox.model import Block, MoE, Transformer, mixtures
+from sandbox.model import Transformer, mixtures
 from sandbox.model.dropout import Dropout
 from sandbox.predict import Prediction, bytes_of, state_copies
 from sandbox.program import Program, replace_parameters
@@ -102,9 +103,9 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
 
     axis, model, device_mesh = mesh.axis(AXIS), program.model, mesh.submesh(AXIS)
     assert isinstance(model, Transformer)
-    parallelize_module(model, device_mesh, styles(model, options), src_data_rank=None)
+    parallelize_module(model, device_mesh, styles(model, sequence=options.sequence), src_data_rank=None)
     retie(program)
-    cut_mixtures(model, device_mesh, between(options))
+    cut_mixtures(model, device_mesh, between(sequence=options.sequence))
     for module in model.modules():
         if any(not isinstance(param, DTensor) for param in module.parameters(recurse=False)):
             distribute_module(
@@ -156,55 +157,6 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
         evaluate=evaluate,
         loss=loss,
     )
-
-
-def styles(model: Transformer, options: Options) -> dict[str, Any]:
-    """Module -> how it is cut, for `parallelize_module`. What is not named is replicated."""
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        PrepareModuleInput,
-        RowwiseParallel,
-        SequenceParallel,
-    )
-
-    outside, whole = between(options), Replicate()
-
-    def enter(*others: None) -> PrepareModuleInput:
-        return PrepareModuleInput(input_layouts=(outside, *others), desired_input_layouts=(whole, *others))
-
-    plan: dict[str, Any] = {}
-    if model.embed is not None:
-        plan["embed"] = RowwiseParallel(input_layouts=whole, output_layouts=outside)
-    for key, block in model.blocks.items():
-        assert isinstance(block, Block)
-        at = f"blocks.{key}"
-        plan |= {f"{at}.attention": enter(None), f"{at}.attention.o": RowwiseParallel(output_layouts=outside)}
-        plan |= {f"{at}.attention.{name}": ColwiseParallel() for name in ("q", "k", "v")}
-        if isinstance(block.mlp, MoE):
-            plan |= styles_of(block.mlp, f"{at}.mlp")
-        else:
-            plan |= {f"{at}.mlp": enter(), f"{at}.mlp.down": RowwiseParallel(output_layouts=outside)}
-            for name in ("gate", "up"):
-                if getattr(block.mlp, name) is not None:  # to `down` as DTensors: a local part does not tell the whole
-                    plan[f"{at}.mlp.{name}"] = ColwiseParallel(use_local_output=False)
-        for name in ("q_norm", "k_norm"):
-            if list(getattr(block.attention, name).parameters()):  # a sequence of heads
-                plan[f"{at}.attention.{name}"] = SequenceParallel(sequence_dim=1, use_local_output=True)
-        if options.sequence:
-            plan |= {f"{at}.{name}": SequenceParallel(use_local_output=True) for name in ("norm1", "norm2")}
-    if model.head is not None:
-        plan["head"] = ColwiseParallel(input_layouts=outside, use_local_output=False)
-        if options.sequence:
-            plan["norm"] = SequenceParallel(use_local_output=True)
-    return plan
-
-
-def between(options: Options) -> Any:
-    """How the hidden state lies outside attention, MLP and head."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    return Shard(1) if options.sequence else Replicate()
 
 
 def own_columns(axis: Axis, x: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
