@@ -107,7 +107,7 @@ def trainer_and_loop(member: Member, batch: int, rounds: int) -> list[list[float
     plain = Transformer(config.model)
     with torch.no_grad():
         for name, param in plain.named_parameters():
-            param.copy_(initial(name, config.model, config.train.seed))
+            param.copy_(initial(name, param.shape, config.model, config.train.seed))
     model = DistributedDataParallel(plain, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), fused=True)
     step = 0

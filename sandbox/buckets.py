@@ -60,12 +60,12 @@ class Bucket:
         param = self.params[name]
         if param.grad is None:
             return
-        self._begin()
-        pieces = param.grad.reshape(-1).split(self._partition.lengths(name))
+        flat = self._begin()
+        grad, pieces, lengths = param.grad.reshape(-1), self._pieces[name], self._partition.lengths[name]
         if name in self._filled:
-            torch._foreach_add_(self._pieces[name], pieces)
+            torch._foreach_add_(pieces, grad.split(lengths))
         else:
-            torch._foreach_copy_(self._pieces[name], pieces)
+            torch.split_with_sizes_copy(grad.to(flat.dtype), lengths, out=pieces)
         self._filled.add(name)
         param.grad = None
 

@@ -36,6 +36,7 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "all_to_all",
+    "own_part",
     "pass_on",
     "receive",
     "reduce_scatter",
@@ -113,6 +114,11 @@ class Pending:
         return self._finish()
 
 
+def own_part(flat: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
+    """This rank's part of `flat` [sum(sizes)], all parts in rank order: a view [sizes[rank]]."""
+    return flat.narrow(0, sum(sizes[: axis.rank]), sizes[axis.rank])
+
+
 def ring_bytes(whole: int, ranks: int) -> float:
     """Bytes that each of `ranks` sends to all_reduce `whole` bytes, on average: not always a whole number."""
     return 2 * (ranks - 1) * whole / ranks
@@ -135,13 +141,12 @@ def reduce_scatter(flat: Tensor, sizes: Sequence[int], axis: Axis, dtype: torch.
 
     The bytes travel in `flat`'s own dtype; `flat` must be left alone until the wait is over.
     """
-    parts = list(flat.split(list(sizes)))
-    own = parts[axis.rank]
+    own = own_part(flat, sizes, axis)
     event = axis.begin("reduce_scatter", _bytes(flat) - _bytes(own), flat)
     if axis.size == 1:
         return Pending(axis, event, (), lambda: own.to(dtype))
     if flat.is_cuda:
-        wide = [part.to(dtype) for part in parts]
+        wide = [part.to(dtype) for part in flat.split(list(sizes))]
         total = torch.empty_like(wide[axis.rank])
         work = dist.reduce_scatter(total, wide, group=axis.group, async_op=True)
         return Pending(axis, event, (_work(work),), lambda: total)
@@ -151,7 +156,7 @@ def reduce_scatter(flat: Tensor, sizes: Sequence[int], axis: Axis, dtype: torch.
         works = [_swap(flat, sizes, landing.view(-1), [len(own)] * axis.size, axis)]
     else:
         others = [own if rank == axis.rank else torch.empty_like(own) for rank in range(axis.size)]
-        works = _exchange(parts, others, axis, tag=2)
+        works = _exchange(flat.split(list(sizes)), others, axis, tag=2)
 
     def add() -> Tensor:
         total = torch.add(others[0].to(dtype), others[1])
@@ -164,19 +169,18 @@ def reduce_scatter(flat: Tensor, sizes: Sequence[int], axis: Axis, dtype: torch.
 
 def all_gather(flat: Tensor, sizes: Sequence[int], axis: Axis) -> Pending:
     """Fill `flat` [sum(sizes)] with every rank's part, in place; this rank's own part must already lie in it."""
-    parts = list(flat.split(list(sizes)))
-    own = parts[axis.rank]
+    own = own_part(flat, sizes, axis)
     event = axis.begin("all_gather", _bytes(own) * (axis.size - 1), flat)
     if axis.size == 1:
         return Pending(axis, event, (), lambda: flat)
     if flat.is_cuda:
-        return Pending(
-            axis, event, (_work(dist.all_gather(parts, own, group=axis.group, async_op=True)),), lambda: flat
-        )
+        parts = list(flat.split(list(sizes)))
+        work = dist.all_gather(parts, own, group=axis.group, async_op=True)
+        return Pending(axis, event, (_work(work),), lambda: flat)
     if _bytes(flat) <= SMALL:
         works = [_swap(own.repeat(axis.size), [len(own)] * axis.size, flat, sizes, axis)]
     else:
-        works = _exchange([own] * axis.size, parts, axis, tag=3)
+        works = _exchange([own] * axis.size, flat.split(list(sizes)), axis, tag=3)
     return Pending(axis, event, works, lambda: flat)
 
 

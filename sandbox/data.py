@@ -10,9 +10,11 @@ one another through the epochs without a gap, so every window is seen exactly on
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Self
 
 import numpy as np
@@ -93,20 +95,18 @@ class Corpus:
             raise ConfigError(
                 f"model.vocab {vocab} cannot hold the 256 bytes and the end of a document. Set model.vocab: {VOCAB}."
             )
-        texts = [_read(path) for path in data.files] or _topics()
-        tokens = torch.from_numpy(np.concatenate([np.append(np.frombuffer(t, np.uint8), np.int16(END)) for t in texts]))
-        ends = torch.tensor([len(text) + 1 for text in texts]).cumsum(0) - 1
+        tokens, ends = _tokenised([_read(path) for path in data.files]) if data.files else _TOPICS
         place = len(tokens) - max(1, round(data.held_out * len(tokens)))
         train = _part(tokens[:place], ends, data, "training", "lower data.held_out")
         held_out = _part(tokens[place:], ends - place, data, "validation", "raise data.held_out")
-        return cls(data, len(texts), train, held_out)
+        return cls(data, len(ends), train, held_out)
 
     def batch(self, step: int, *, seed: int, rows: int) -> Batch:
         """The global batch of `step`, with `rows` rows: a pure function of (seed, step)."""
         windows = len(self.train.starts)
         first = step * rows
         epochs = range(first // windows, (first + rows - 1) // windows + 1)
-        order = np.concatenate([_random("order", seed, epoch).permutation(windows) for epoch in epochs])
+        order = np.concatenate([_order(seed, epoch, windows) for epoch in epochs])
         skip = first - epochs.start * windows
         chosen = torch.from_numpy(order[skip : skip + rows])
         batch = self.train.rows(chosen, self.data.sequence, key=int(_random("key", seed, step).integers(2**63)))
@@ -151,6 +151,12 @@ def _part(tokens: Tensor, ends: Tensor, data: Data, purpose: str, fix: str) -> P
     return part
 
 
+@lru_cache(maxsize=2)  # a step may end one epoch and begin the next
+def _order(seed: int, epoch: int, windows: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """The windows in the order in which an epoch sees them."""
+    return _random("order", seed, epoch).permutation(windows)
+
+
 def _ragged(batch: Batch, seed: int, step: int) -> Batch:
     """Hide each row's targets at its own rate, and the first quarter of the rows whole (but never the only row)."""
     random = _random("ragged", seed, step)
@@ -178,8 +184,11 @@ def _read(path: Path) -> bytes:
     return text
 
 
-def _topics() -> list[bytes]:
-    """CPython's own documentation, one chapter a document."""
-    from pydoc_data.topics import topics
+def _tokenised(texts: Sequence[bytes]) -> tuple[Tensor, Tensor]:
+    """All tokens [N] of the documents, and where each of those ends [C]."""
+    ended = [np.append(np.frombuffer(text, np.uint8), np.int16(END)) for text in texts]
+    return torch.from_numpy(np.concatenate(ended)), torch.tensor([len(document) for document in ended]).cumsum(0) - 1
 
-    return [topics[name].encode() for name in sorted(topics)]
+
+_TOPICS = _tokenised([topics[name].encode() for name in sorted(topics)])
+"""CPython's own documentation, one chapter a document. Ranks are forked from who has it already."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import cast
 
 import torch.distributed as dist
@@ -26,16 +27,26 @@ class Mesh:
     ) -> None:
         self.degrees, self.rank, self.world = dict(degrees), rank, math.prod(degrees.values())
         self.recorder = recorder or Recorder()
-        self.device_mesh: DeviceMesh | None = None
+        self._device = device if self.world > 1 else None
         self._axes: dict[tuple[str, ...], Axis] = {}
-        if device and self.world > 1:
-            if dist.get_world_size() != self.world:
-                raise MeshError(
-                    f"the mesh has {self.world} ranks ({' x '.join(f'{k} {v}' for k, v in degrees.items() if v > 1)}), "
-                    f"but {dist.get_world_size()} were started. Start {self.world}, or change a degree."
-                )
-            wide = {name: degree for name, degree in degrees.items() if degree > 1}
-            self.device_mesh = init_device_mesh(device, tuple(wide.values()), mesh_dim_names=tuple(wide))
+        if self._device and dist.get_world_size() != self.world:
+            raise MeshError(
+                f"the mesh has {self.world} ranks ({' x '.join(f'{k} {v}' for k, v in self._wide.items())}), "
+                f"but {dist.get_world_size()} were started. Start {self.world}, or change a degree."
+            )
+        if len(self._wide) > 1:
+            _ = self.device_mesh  # made by all ranks at once, for it makes groups; of one axis it makes none
+
+    @property
+    def _wide(self) -> dict[str, int]:
+        return {name: degree for name, degree in self.degrees.items() if degree > 1}
+
+    @cached_property
+    def device_mesh(self) -> DeviceMesh | None:
+        """The same as torch's device mesh, of the axes of degree > 1; None on paper."""
+        if self._device is None:
+            return None
+        return init_device_mesh(self._device, tuple(self._wide.values()), mesh_dim_names=tuple(self._wide))
 
     def axis(self, *names: str) -> Axis:
         """The axis of that name; of several names, all of them flattened into one, the first outermost."""
@@ -82,7 +93,7 @@ class Mesh:
         for name in wide:
             rank = rank * self.degrees[name] + self._coordinate(name)
         group = None
-        if self.device_mesh is not None and size == self.world:
+        if self._device and size == self.world:
             group = dist.group.WORLD
         elif self.device_mesh is not None and size > 1:
             part = self.device_mesh[wide] if len(wide) == 1 else self.device_mesh[wide]._flatten("_".join(wide))

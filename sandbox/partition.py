@@ -8,6 +8,7 @@ laid end to end. The parts in rank order are what reduce_scatter takes and all_g
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
@@ -33,24 +34,29 @@ class Partition:
         """Elements of each rank's part."""
         return [sum(stop - start for start, stop in spans.values()) for spans in self.spans]
 
+    @cached_property
+    def lengths(self) -> dict[str, list[int]]:
+        """Elements of each parameter that each rank holds; their pieces follow one another in it."""
+        return {name: [spans[name][1] - spans[name][0] for spans in self.spans] for name in self.shapes}
+
+    @cached_property
+    def _in_rank_order(self) -> list[int]:
+        return [stop - start for spans in self.spans for start, stop in spans.values()]
+
     def split(self, flat: Tensor) -> dict[str, list[Tensor]]:
         """Each parameter's pieces by rank: views of `flat` [sum(sizes)], all parts laid end to end in rank order."""
-        pieces = iter(flat.split([stop - start for spans in self.spans for start, stop in spans.values()]))
-        split: dict[str, list[Tensor]] = {name: [] for name in self.shapes}
-        for spans in self.spans:
-            for name in spans:
-                split[name].append(next(pieces))
-        return split
+        pieces, width = flat.split(self._in_rank_order), len(self.shapes)
+        return {name: list(pieces[number::width]) for number, name in enumerate(self.shapes)}
 
-    def lengths(self, name: str) -> list[int]:
-        """Elements of a parameter that each rank holds; their pieces follow one another in it."""
-        return [stop - start for start, stop in (spans[name] for spans in self.spans)]
+    def homes(self, whole: Tensor) -> list[Tensor]:
+        """Views of `whole`, the parameters flattened end to end: where the pieces of all parts in rank order belong."""
+        pieces = whole.split([length for lengths in self.lengths.values() for length in lengths])
+        ranks = len(self.spans)
+        return [piece for rank in range(ranks) for piece in pieces[rank::ranks]]
 
-    def unflatten(self, flat: Tensor, whole: Tensor) -> None:
-        """Copy all parts, in rank order in `flat` [sum(sizes)], into `whole`, the parameters flattened end to end."""
-        pieces = self.split(flat)
-        homes = whole.split([length for name in pieces for length in self.lengths(name)])
-        torch._foreach_copy_(homes, [piece for some in pieces.values() for piece in some])
+    def unflatten(self, flat: Tensor, homes: list[Tensor]) -> None:
+        """Copy all parts, in rank order in `flat` [sum(sizes)], to their `homes`."""
+        torch.split_with_sizes_copy(flat, self._in_rank_order, out=homes)
 
     def pieces(self, part: Tensor, rank: int) -> dict[str, Tensor]:
         """Views of `part` [sizes[rank]], the part of `rank`, by parameter."""

@@ -219,8 +219,12 @@ def layouts(config: Config) -> list[dict[str, Layout]]:
 def predict(config: Config) -> list[Prediction]:
     """What each rank will send in a step and hold after it: the plan folded on paper, over a model without values."""
     ranks, planned = [], plan(config)
+    cuts = any(p.strategy.AXIS != "dp" for p in planned)
+    model = build(config.model, config.train.dtype)
     for rank in range(config.mesh.world):
-        mesh, model = Mesh(config.mesh.degrees, rank), build(config.model, config.train.dtype)
+        mesh = Mesh(config.mesh.degrees, rank)
+        if cuts and rank:
+            model = build(config.model, config.train.dtype)
         parts = [p.strategy.predict(model, mesh, p.options, config) for p in planned]
         traffic: dict[str, float] = defaultdict(float)
         least: dict[str, float] = {}

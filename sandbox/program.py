@@ -70,7 +70,7 @@ def unsharded(config: Config, mesh: Mesh, device: torch.device) -> Program:
     shapes = dict(model.named_parameters())
 
     def value(name: str) -> Tensor:
-        return initial(name, config.model, config.train.seed, shapes[name].dtype).to(device)
+        return initial(name, shapes[name].shape, config.model, config.train.seed, shapes[name].dtype).to(device)
 
     return empty(config, mesh, model, value)
 

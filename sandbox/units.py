@@ -27,7 +27,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter as unchang
 
 from sandbox.arrivals import Arrivals, on_gradients
 from sandbox.buckets import Bucket, Over, ScatterSum, reduce_in_backward, summed_over
-from sandbox.comm import Axis, Pending, all_gather, ring_bytes
+from sandbox.comm import Axis, Pending, all_gather, own_part, ring_bytes
 from sandbox.config import Config
 from sandbox.mesh import Mesh
 from sandbox.partition import Partition
@@ -107,17 +107,16 @@ class Shard:
     ) -> None:
         self.partition = cut(unit.params, axis.size)
         self.sizes, self.axis = self.partition.sizes, axis
-        some = program.initial(next(iter(unit.params)))
-        self.part = torch.empty(self.sizes[axis.rank], dtype=some.dtype, device=some.device)
-        self.pieces: dict[str, nn.Parameter] = {}
-        for name, piece in self.partition.pieces(self.part, axis.rank).items():
+        own = []
+        for name, (start, stop) in self.partition.spans[axis.rank].items():
             local = program.layout[name].take(program.initial(name))  # one parameter whole at a time
-            start, stop = self.partition.spans[axis.rank][name]
-            piece.copy_(local.reshape(-1)[start:stop].view_as(piece))
-            self.pieces[name] = nn.Parameter(piece)
-        self.whole = torch.empty(sum(self.sizes), dtype=compute, device=some.device)
+            own.append(local.reshape(-1)[start:stop].clone())
+        self.part = torch.cat(own)
+        self.pieces = {name: nn.Parameter(piece) for name, piece in self.partition.pieces(self.part, axis.rank).items()}
+        self.whole = torch.empty(sum(self.sizes), dtype=compute, device=self.part.device)
         params = {name: nn.Parameter(view) for name, view in Bucket(unit.params).views(self.whole).items()}
         self.bucket = Bucket(params, self.partition, dtype)
+        self._homes = self.partition.homes(self.whole)
         for param in params.values():
             param.grad_dtype = dtype
         self._bytes = self.whole.untyped_storage().nbytes()
@@ -134,7 +133,7 @@ class Shard:
         else:
             landing = self._grown()
         with torch.no_grad(), unchanged_version(self.whole):
-            landing.split(self.sizes)[self.axis.rank].copy_(self.part)
+            own_part(landing, self.sizes, self.axis).copy_(self.part)
         self._pending = all_gather(landing, self.sizes, self.axis)
 
     def use(self) -> None:
@@ -143,9 +142,9 @@ class Shard:
         if self._pending:
             landed, self._pending = self._pending.wait(), None
             if self.partition.rows:
+                self._grown()
                 with torch.no_grad(), unchanged_version(self.whole):
-                    self._grown()
-                    self.partition.unflatten(landed, self.whole)
+                    self.partition.unflatten(landed, self._homes)
             self.is_whole = True
 
     def _grown(self) -> Tensor:

@@ -7,13 +7,17 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import torch
 import world
 
+from sandbox.checkpoint import Saver
+from sandbox.checkpoint.together import Together
 from sandbox.comm import Axis, all_gather, all_reduce
+from sandbox.config import Config
 from sandbox.errors import SandboxError
 from sandbox.recorder import Recorder
 from sandbox.runtime import Member, attach, leave
@@ -52,6 +56,15 @@ def strike_the_store(member: Member, axis: Axis, number: int) -> None:
     os._exit(0)
 
 
+def slow_store(member: Member, axis: Axis, number: int) -> None:
+    """Stop the store for longer than it takes to be missed; then skip, as below."""
+    pid, blow = map(int, os.environ["STORE"].split())
+    os.kill(pid, blow)
+    time.sleep(5)
+    os.kill(pid, signal.SIGCONT)
+    skip(member, axis, number)
+
+
 def swap(member: Member, axis: Axis, number: int) -> None:
     """The same sizes, so that nothing hangs: one sum becomes the other."""
     for op in ("norm", "loss"):
@@ -78,6 +91,23 @@ def unmatched(member: Member) -> None:
     all_reduce(torch.ones(2), axis).wait()
     if member.rank == 0:
         all_reduce(torch.ones(2), axis)
+
+
+def saved_by(member: Member, config: Config, folder: Path, savers: Collection[int]) -> None:
+    """Save as the training goes on; a rank that is not one of `savers` does not."""
+    trainer = world.trainer_of(member, config, Recorder(board=member.board))
+    with Saver(folder, asynchronous=True) as saver:
+        if member.rank in savers:
+            saver.save(trainer)
+        else:
+            Together.of(trainer, own=True)  # it joins the group of the save, and no more
+
+
+def read_by(member: Member, readers: Collection[int]) -> None:
+    """Do one thing of a checkpoint together; a rank that is not one of `readers` does not."""
+    together = Together(recorder=Recorder(board=member.board))
+    if member.rank in readers:
+        together(lambda: None)
 
 
 # Under torchrun

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from mmap import mmap
+from pathlib import Path
 from typing import Any
 
 import desync_work as work
@@ -18,6 +19,7 @@ import torch.distributed as dist
 import world
 from traced import Traced
 
+from sandbox.checkpoint import latest
 from sandbox.config import Run
 from sandbox.errors import WorkerError
 from sandbox.runtime import launch
@@ -127,6 +129,21 @@ def test_a_collective_that_the_others_never_start_is_named() -> None:
 
 
 @parity
+def test_a_rank_that_takes_no_part_in_a_checkpoint_is_named(tmp_path: Path) -> None:
+    absent = "Rank 1 (returned already) never arrived: the others wait in #{} checkpoint over world."
+    assert absent.format(1) in fault(3, work.read_by, [0, 2])
+    assert absent.format(1) in fault(3, work.saved_by, world.config(world=3), tmp_path, [0, 2])
+
+
+@parity
+def test_a_checkpoint_of_all_ranks_is_no_fault(tmp_path: Path) -> None:
+    """The twin of the one above."""
+    launch(3, work.read_by, range(3), timeout=world.TIMEOUT)
+    launch(3, work.saved_by, world.config(world=3), tmp_path, range(3), timeout=world.TIMEOUT)
+    assert latest(tmp_path).name == "step-000000"
+
+
+@parity
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp"])
 def test_verifying_names_the_desync(strategy: str) -> None:
     config = fixture(world.config(strategy, 3)).model_copy(update={"run": Run(timeout=3)})
@@ -220,6 +237,19 @@ def test_a_store_that_is_gone_or_does_not_answer_holds_up_no_report(
         assert re.search(
             f"rank {rank} makes no progress: waiting for .* in #3 {re.escape(LOST)}. The store .* does not", told
         )
+
+
+@linux
+@recovery
+def test_a_store_that_was_slow_is_asked_again(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with store_apart() as (keeper, port):
+        monkeypatch.setenv("STORE", f"{keeper.pid} {signal.SIGSTOP.value}")
+        errors = started(port, work.slow_store, timeout=1000)
+    told = capfd.readouterr().err
+    assert f"Ranks disagree on {dict(DIFFERENCES)[work.skip]}" in told + errors[0]
+    assert "The store" not in told
 
 
 @linux

@@ -69,7 +69,7 @@ def assert_bytes_are_as_predicted(case: Case, verdict: Verdict) -> None:
 @pytest.mark.parity
 @pytest.mark.parametrize("case", [marked(case) for case in FIRST.values()])
 def test_peaks_are_more_than_what_is_held_and_change_nothing(case: Case) -> None:
-    verdict = world.verifier(measure_peak=True).verify(case)
+    verdict = world.verifier(measure=True).verify(case)
     assert verdict.status == "held", verdict.cause
     held = [sum(amount.measured[rank] for amount in verdict.memory.values()) for rank in range(verdict.world)]
     assert len(verdict.peak) == verdict.world

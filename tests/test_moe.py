@@ -32,7 +32,7 @@ def ready(config: Model) -> MoE:
     moe = MoE(config, torch.float64)
     with torch.no_grad():
         for name, parameter in moe.named_parameters():
-            parameter.copy_(initial(f"blocks.0.mlp.{name}", config, 0, torch.float64))
+            parameter.copy_(initial(f"blocks.0.mlp.{name}", parameter.shape, config, 0, torch.float64))
     return moe
 
 

@@ -27,7 +27,7 @@ EXACT = 1e-12
 
 def ours(config: Model) -> Transformer:
     model = build(config, "float64")
-    values = {name: initial(name, config, 0, torch.float64) for name, _ in model.named_parameters()}
+    values = {name: initial(name, p.shape, config, 0, torch.float64) for name, p in model.named_parameters()}
     replace_parameters(model, {name: nn.Parameter(value) for name, value in values.items()})
     return model
 

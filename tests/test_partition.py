@@ -99,7 +99,7 @@ def test_places_say_where_each_element_lies_in_all_parts_together(
     flat = laid_out(partition, wholes)
     assert sorted(flat.tolist()) == list(range(sum(partition.sizes)))
     for name, pieces in partition.split(flat).items():
-        assert [len(piece) for piece in pieces] == partition.lengths(name)
+        assert [len(piece) for piece in pieces] == partition.lengths[name]
         assert torch.equal(torch.cat(pieces), wholes[name].flatten())
         assert all(piece.untyped_storage()._cdata == flat.untyped_storage()._cdata for piece in pieces), "views"
 
@@ -111,7 +111,7 @@ def test_unflattening_brings_every_element_home(cut: object, shapes: list[tuple[
     wholes = {name: p.detach() for name, p in params(shapes).items()}
     partition = cut(params(shapes), ranks)  # type: ignore[operator]
     again = torch.full((sum(partition.sizes),), torch.nan, dtype=torch.float64)
-    partition.unflatten(laid_out(partition, wholes), again)
+    partition.unflatten(laid_out(partition, wholes), partition.homes(again))
     assert torch.equal(again, torch.cat([whole.flatten() for whole in wholes.values()]))
 
 

@@ -156,7 +156,7 @@ def test_first_values_come_from_their_names_and_tied_weights_stay_tied(tied: boo
     assert ("head.weight" in program.parameters) != tied
     for name, param in model.named_parameters():
         assert param is program.parameters[name]
-        assert torch.equal(param, initial(name, config.model, config.train.seed, torch.float64))
+        assert torch.equal(param, initial(name, param.shape, config.model, config.train.seed, torch.float64))
 
 
 @unit

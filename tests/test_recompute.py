@@ -27,9 +27,8 @@ MODEL = Model(layers=3, width=16, heads=4, kv_heads=2, norm="layer", bias=True, 
 
 def real(how: Any) -> nn.Module:
     model = build(MODEL, "float64")
-    replace_parameters(
-        model, {n: nn.Parameter(initial(n, MODEL, 0, torch.float64)) for n, _ in model.named_parameters()}
-    )
+    values = {n: nn.Parameter(initial(n, p.shape, MODEL, 0, torch.float64)) for n, p in model.named_parameters()}
+    replace_parameters(model, values)
     recompute(model, how)
     return model.train()
 

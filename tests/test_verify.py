@@ -93,6 +93,17 @@ def test_ranks_that_disagree_drift_even_if_the_first_is_right() -> None:
 
 
 @unit
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_is_not_a_number_on_one_of_two_ranks_is_infinitely_wrong(place: int) -> None:
+    bad = FULL.clone()
+    bad[1, 1] = math.nan
+    both = [rows(FULL, 0, 4), rows(FULL, 0, 4)]
+    both[place] = rows(bad, 0, 4)
+    (found,) = differences(together(ranks(*both)), {"w": FULL}, {})
+    assert found.drift == math.inf
+
+
+@unit
 def test_errors_are_relative_to_the_largest_element() -> None:
     wrong = FULL.clone()
     wrong[0, 0] += 1.2
@@ -391,8 +402,9 @@ def test_a_case_that_cannot_be_planned_is_failed_or_unsupported_and_never_raises
 
 @parity
 @pytest.mark.parametrize("strategy", world.NATIVE)
-def test_a_case_has_the_timeline_of_one_step(strategy: str) -> None:
-    verdict = world.verifier().verify(alone("native", strategy, 2, ""))
+def test_a_case_has_the_timeline_of_one_step_if_asked_for(strategy: str) -> None:
+    assert not any(world.verifier().verify(alone("native", strategy, 2, "")).timeline)
+    verdict = world.verifier(measure=True).verify(alone("native", strategy, 2, ""))
     assert verdict.status == "held", verdict.cause
     assert len(verdict.timeline) == 2
     for spans in verdict.timeline:

@@ -34,9 +34,9 @@ Prepare = Callable[[Trainer], Any]
 
 
 @functools.cache
-def verifier(*, measure_peak: bool = False) -> Verifier:
+def verifier(*, measure: bool = False) -> Verifier:
     """One for the whole session, so that each reference is run once."""
-    return Verifier(patient, measure_peak=measure_peak)
+    return Verifier(patient, measure=measure)
 
 
 def patient(world: int, work: Callable[..., Any], *args: Any, timeout: float) -> list[Any]:

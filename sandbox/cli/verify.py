@@ -61,7 +61,7 @@ def verify(
     else:
         given = None if dtype == "config" else dtype
         cases = [Case(fixture(config, finest(config) if dtype == "finest" else given)) for config in settings]
-    verdicts = _verify(cases, lambda verdicts: _show(verdicts, json_, report), measure_peak=bool(json_ or report))
+    verdicts = _verify(cases, lambda verdicts: _show(verdicts, json_, report), measure=bool(json_ or report))
     if not all(case.held for case in verdicts.cases):
         raise SystemExit(1)
 
@@ -92,7 +92,7 @@ def _verify(
     cases: "list[Case]",
     show: "Callable[[Verdicts], None]" = lambda verdicts: None,
     *,
-    measure_peak: bool = False,
+    measure: bool = False,
 ) -> "Verdicts":
     """Verify cases under a progress bar and show what was found; or as one rank of torchrun, the first of which shows.
 
@@ -117,9 +117,9 @@ def _verify(
 
     if attached():
         world, timeout = cases[0].config.mesh.world, max(case.config.run.timeout for case in cases)
-        work = together, cases, measure_peak
+        work = together, cases, measure
         return gathered(attach(world, *work, timeout=timeout, on_message=lambda _, v: show(gathered(v))))
-    verifier, console = Verifier(measure_peak=measure_peak), terminal(stderr=True)
+    verifier, console = Verifier(measure=measure), terminal(stderr=True)
     held, quiet = verifier.verify_all(cases), not console.is_terminal
     verdicts = gathered(list(track(held, "verifying", len(cases), console=console, transient=True, disable=quiet)))
     show(verdicts)

@@ -52,17 +52,17 @@ def measured_run(trainer: Trainer) -> Iterator[tuple[Step, Measured | None]]:
 
 
 @contextmanager
-def timed(trainer: Trainer, figures: Figures) -> Iterator[None]:
-    """Within it, a step is made: fills in all of its `figures` but the peak."""
+def timed(trainer: Trainer, figures: Figures, *, timeline: bool = True) -> Iterator[None]:
+    """Within it, a step is made: fills in all of its `figures` but the peak, and without `timeline`, the spans."""
     recorder = trainer.mesh.recorder
     recorder.sent.clear()
     first = len(recorder.events)
     with ExitStack() as watch:
         if trainer.config.engine != "native":  # which sends through comm alone, and that counts by itself
             watch.enter_context(Traffic(trainer.mesh))
-        if trainer.device.type == "cpu":
+        if timeline and trainer.device.type == "cpu":
             figures.spans = watch.enter_context(Timeline(trainer))
-        else:
+        elif timeline:
             figures.unmeasured = ["No timeline: a clock here tells when a GPU was given its work, not when it did it."]
         yield
     figures.traffic = {

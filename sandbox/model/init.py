@@ -4,8 +4,6 @@ A value depends on (seed, name) alone, so a rank makes what it holds without the
 the same numbers. They come from NumPy: its float64 stream is the same on every processor, torch's is not.
 """
 
-from functools import lru_cache
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,15 +20,12 @@ def build(config: Model, dtype_name: str) -> Transformer:
         return Transformer(config, getattr(torch, dtype_name))
 
 
-def initial(name: str, config: Model, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """First value of the parameter with the logical `name`, whole. Drawn in float64, whatever the `dtype`.
+def initial(name: str, shape: tuple[int, ...], config: Model, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """First value of the parameter with the logical `name` and `shape`, whole. Drawn in float64, whatever the `dtype`.
 
     `standard` is GPT-2's: the projections into the residual stream are scaled down by its 2 x layers summands.
     `rough` keeps signals of order one and every bias and norm away from 0 and 1.
     """
-    if config.tied and name == "head.weight":  # on a stage of its own, the head is known by this name
-        name = "embed.weight"
-    shape = _shapes(config)[name]
     noise = torch.from_numpy(np.random.default_rng([seed, *name.encode()]).standard_normal(shape))
     rough = config.init == "rough"
     if name.endswith("bias"):
@@ -43,8 +38,3 @@ def initial(name: str, config: Model, seed: int, dtype: torch.dtype = torch.floa
         into_residual = name.endswith((".o.weight", ".down.weight"))
         value = 0.02 * noise * ((2 * config.layers) ** -0.5 if into_residual else 1)
     return value.to(dtype)
-
-
-@lru_cache(maxsize=8)
-def _shapes(config: Model) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in build(config, "float32").named_parameters()}

@@ -47,7 +47,6 @@ MOST_RANKS = 240
 
 # What DDP, FSDP, DTensor, pipelines and checkpoints import when they are first used: 2 s after torch's own 2.5 s.
 _PRELOAD = (
-    "pydoc_data.topics",
     "torch",
     "torch._dynamo",
     "torch.distributed.algorithms.ddp_comm_hooks",
@@ -103,6 +102,8 @@ def serve(control: int, modules: Iterable[str]) -> NoReturn:
     for name in (*_PRELOAD, *modules, *_own_modules()):
         with suppress(Exception):  # the work that needs it will say so
             importlib.import_module(name)
+    with suppress(Exception):  # init_process_group does it in each rank, where it would copy the pages it frees
+        sys.modules["torch._dynamo.trace_rules"].clear_lru_cache()
     gc.collect()
     gc.freeze()  # or the first collection in each rank would touch, and so copy, every page
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps keepers

@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sandbox.buckets import Bucket, ScatterSum, cut_buckets, reduce_in_backward, summed_over
-from sandbox.comm import Axis, Pending, all_gather, ring_bytes
+from sandbox.comm import Axis, Pending, all_gather, own_part, ring_bytes
 from sandbox.config import Config
 from sandbox.config import Options as Base
 from sandbox.layout import Layout
@@ -65,7 +65,7 @@ class Shard:
         flat = torch.cat([p.detach().flatten() for p in bucket.params.values()])  # ranges in rank order are all of it
         for name, view in bucket.views(flat).items():
             bucket.params[name].data = view
-        part = flat.split(partition.sizes)[axis.rank]
+        part = own_part(flat, partition.sizes, axis)
         pieces = {name: nn.Parameter(view) for name, view in partition.pieces(part, axis.rank).items()}
         return cls(bucket, partition, axis, flat, pieces)
 
@@ -121,7 +121,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     def finish(final: bool) -> None:
         sums.finish()
         for number, shard in enumerate(shards):
-            own = full.pop(number).split(shard.partition.sizes)[shard.axis.rank]
+            own = own_part(full.pop(number), shard.partition.sizes, shard.axis)
             shard.set_grads(own.copy_(sums.sums.pop(number)))
 
     return reduce_in_backward(sharded, [shard.bucket for shard in shards], launch, finish, each=False)

@@ -90,11 +90,12 @@ def capture(
     config: Config,
     prepare: Callable[[Trainer], Any] | None = None,
     subject: Subject | None = None,
-    measure_peak: bool = False,
+    measure: bool = False,
 ) -> Capture:
     """Train for `train.steps` steps and take everything down. `prepare` may tamper with the trainer first.
 
-    Peak memory is that of the last step but one; traffic and timeline, which measuring it would disturb, of the last.
+    With `measure`, peak memory and a timeline too: the peak of the last step but one; traffic and timeline, which
+    measuring it would disturb, of the last.
     """
     recorder = Recorder(board=member.board if member.world > 1 else None)
     device = torch.device(member.device)
@@ -112,10 +113,10 @@ def capture(
     peak = Peak(trainer.program, trainer.optimizer)
     for step in range(config.train.steps):
         last = step == config.train.steps - 1
-        weigh = peak if measure_peak and step == config.train.steps - 2 else nullcontext()
+        weigh = peak if measure and step == config.train.steps - 2 else nullcontext()
         batch = trainer.batch()
         taken.tokens.append(_digest(trainer.program.shard_batch(batch)))
-        with timed(trainer, taken) if last else nullcontext():
+        with timed(trainer, taken, timeline=measure) if last else nullcontext():
             with weigh:
                 taken.losses.append(trainer.compute_gradients(batch).item())
             taken.gradients.append(Pieces.of(layouts, [p.grad for p in parameters.values() if p.grad is not None]))

@@ -18,7 +18,7 @@ __all__ = ["together"]
 T = TypeVar("T")
 
 
-def together(member: Member, cases: Sequence[Case], measure_peak: bool = False) -> list[Verdict]:
+def together(member: Member, cases: Sequence[Case], measure: bool = False) -> list[Verdict]:
     """The verdicts of `cases`, each of as many ranks as `member`'s world. The first rank sends them, too."""
 
     def world(size: int, work: Callable[..., T], *args: Any, timeout: float) -> list[T]:
@@ -28,7 +28,7 @@ def together(member: Member, cases: Sequence[Case], measure_peak: bool = False) 
         dist.all_gather_object(ranks, work(member, *args))
         return ranks
 
-    verifier = Verifier(world, measure_peak=measure_peak)
+    verifier = Verifier(world, measure=measure)
     verdicts = [verifier.verify(case) for case in cases]
     if member.rank == 0:
         member.send(verdicts)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
 
+from torch import Tensor
+
 from sandbox.config import Config
 from sandbox.errors import SandboxError, UnsupportedError
 from sandbox.measure import fill
@@ -21,7 +23,7 @@ from sandbox.runtime import launch, warm
 from sandbox.trainer import Trainer
 from sandbox.verdict import Amount, Difference, Verdict
 from sandbox.verify.capture import Capture, Subject, capture
-from sandbox.verify.compare import assemble, differences
+from sandbox.verify.compare import Whole, assemble, differences
 from sandbox.verify.diagnose import Findings, diagnose
 from sandbox.verify.reference import Reference, References, World
 from sandbox.verify.rows import misdealt, misweighted
@@ -64,11 +66,11 @@ def fixture(config: Config, dtype: str | None = "float64", optimizer: str = "sgd
 class Verifier:
     """Verifies cases. `world` runs the work of each rank of a world; the default launches ranks here.
 
-    `measure_peak`: peak memory too, for which a step of the three takes half as long again.
+    `measure`: peak memory and a timeline too, for which two of the three steps take longer.
     """
 
-    def __init__(self, world: World | None = None, *, measure_peak: bool = False) -> None:
-        self._world, self._measure_peak = world or launch, measure_peak
+    def __init__(self, world: World | None = None, *, measure: bool = False) -> None:
+        self._world, self._measure = world or launch, measure
         self.references = References(self._world)
 
     def verify_all(self, cases: Iterable[Case]) -> Iterator[Verdict]:
@@ -98,7 +100,7 @@ class Verifier:
             warm(*preload(config.engine))
             reference = self.references.of(config, case.subject)
             started = time.perf_counter()
-            work = config, case.prepare, case.subject, self._measure_peak
+            work = config, case.prepare, case.subject, self._measure
             ranks = self._world(config.mesh.world, capture, *work, timeout=config.run.timeout)
             self._judge(verdict, case, reference, ranks)
         except UnsupportedError as error:
@@ -113,11 +115,15 @@ class Verifier:
         config, judged = case.config, (1 if case.config.train.optimizer == "adamw" else case.config.train.steps)
         steps = range(judged)
 
-        def compared(kind: str, floors: Iterable[Mapping[str, float]]) -> list[list[Difference]]:
-            found = assemble([getattr(rank, kind) for rank in ranks])
-            return [differences(*step) for step in zip(found, getattr(reference, kind), floors, strict=False)]
+        def compared(
+            found: Sequence[Mapping[str, Whole]],
+            expected: Sequence[Mapping[str, Tensor]],
+            floors: Iterable[Mapping[str, float]] = repeat({}),
+        ) -> list[list[Difference]]:
+            return [differences(*step) for step in zip(found, expected, floors, strict=False)]
 
-        parameters = compared("parameters", repeat({}))
+        wholes = assemble([[*rank.gradients, *rank.parameters] for rank in ranks])
+        parameters = compared(wholes[config.train.steps :], reference.parameters)
         losses = [sum(rank.losses[step] for rank in ranks if not rank.place["tp"]) for step in steps]
         expected = reference.run.losses[:judged]
         found = Findings(
@@ -126,9 +132,9 @@ class Verifier:
             losses=[abs(a - b) / max(abs(b), 1e-300) for a, b in zip(losses, expected, strict=True)],
             norms=[_furthest([_ratio(r.norms[s], reference.run.norms[s]) for r in ranks]) for s in steps],
             rates=[_furthest([r.rates[s] / reference.run.rates[s] for r in ranks]) for s in steps],
-            gradients=compared("gradients", reference.floors)[:judged],
+            gradients=compared(wholes[:judged], reference.gradients, reference.floors),
             parameters=parameters if judged == config.train.steps else parameters[:1],
-            buffers=compared("buffers", repeat({}))[:judged],
+            buffers=compared(assemble([rank.buffers for rank in ranks])[:judged], reference.buffers),
             rows=misdealt(ranks, reference.run),
             weights=misweighted(ranks, reference.rows, config),
             amounts="",

@@ -40,7 +40,7 @@ def real(model: Model, dtype: str = "float64") -> Transformer:
     """A model with values."""
     built = build(model, dtype)
     own = torch.float64 if dtype == "float64" else torch.float32
-    values = {n: nn.Parameter(initial(n, model, 0, own)) for n, _ in built.named_parameters()}
+    values = {n: nn.Parameter(initial(n, p.shape, model, 0, own)) for n, p in built.named_parameters()}
     replace_parameters(built, values)
     return built.train()
 
@@ -280,7 +280,7 @@ def test_each_gradient_is_reported_once_and_when_no_more_is_to_come(schedule: st
 
 @PARITY
 def test_a_timeline_shows_every_stage() -> None:
-    verdict = world.verifier().verify(Case(case("native", "", {"pp": {"degree": 2}}).config))
+    verdict = world.verifier(measure=True).verify(Case(case("native", "", {"pp": {"degree": 2}}).config))
     assert verdict.status == "held", verdict.cause
     assert [{"forward embed", "forward head"} & {span.name for span in rank} for rank in verdict.timeline] == [
         {"forward embed"},

@@ -141,7 +141,7 @@ def test_a_copy_of_a_piece_stays_one_when_it_is_cut_again() -> None:
 
 
 def verify(mesh: dict[str, dict[str, Any]], **settings: Any) -> Verdict:
-    return world.verifier(measure_peak=True).verify(case("native", "tensor", mesh, **settings))
+    return world.verifier(measure=True).verify(case("native", "tensor", mesh, **settings))
 
 
 def tp(degree: int, *, sequence: bool = False) -> dict[str, dict[str, Any]]:
