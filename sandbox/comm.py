@@ -115,7 +115,7 @@ class Pending:
 
 
 def own_part(flat: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
-    """This rank's part of `flat` [sum(sizes)], all parts in rank order: a view [sizes[rank]]."""
+    """A rank's own part of `flat` [sum(sizes)], all parts in rank order: a view [sizes[rank]]."""
     return flat.narrow(0, sum(sizes[: axis.rank]), sizes[axis.rank])
 
 

@@ -95,7 +95,7 @@ class Mesh:
         group = None
         if self._device and size == self.world:
             group = dist.group.WORLD
-        elif self.device_mesh is not None and size > 1:
+        elif size > 1 and self.device_mesh is not None:
             part = self.device_mesh[wide] if len(wide) == 1 else self.device_mesh[wide]._flatten("_".join(wide))
             group = part.get_group()
         return Axis(wide or names[:1], size, rank, group, self.recorder)
