@@ -63,7 +63,7 @@ cluster: .venv/.installed  ## Hosts emulated on this machine, and a cluster of c
 	$(BIN)/pytest -m cluster
 
 bench: .venv/.installed  ## Step time, bytes and memory against every library, each axis against torch, bubbles
-	failed=0; for name in step_time engines axes ring bubble trainer_overhead desync_overhead; do \
+	failed=0; for name in step_time engines axes ring bubble trainer_overhead desync_overhead turns; do \
 		$(BIN)/python benchmarks/$$name.py || failed=1; done; exit $$failed
 
 picture: .venv/.installed  ## Draw docs/hero.png and write docs/engines.md from `sandbox verify --all`

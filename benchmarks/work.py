@@ -1,8 +1,10 @@
 """What the ranks of the benchmarks run. In a module of its own, for ranks import it by name."""
 
+import os
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sandbox.runtime import Member
@@ -189,3 +191,22 @@ def _look(member: Member) -> float:
     took = time.process_time() - begun
     watch.conclude()
     return took / looks
+
+
+def turns_and_none(member: Member, calls: int, rounds: int) -> list[list[float]]:
+    """Small exchanges among ranks whose threads take turns, as they are started, and whose threads do not."""
+    import torch
+
+    from sandbox.comm import all_to_all
+    from sandbox.mesh import Mesh
+
+    axis = Mesh({"dp": member.world}, member.rank, member.device).axis("dp")
+    flat, sizes = torch.ones(4 * member.world), [4] * member.world
+
+    def exchange(policy: int) -> None:
+        for thread in Path("/proc/self/task").iterdir():
+            os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
+        for _ in range(calls):
+            all_to_all(flat, sizes, torch.empty_like(flat), sizes, axis).wait()
+
+    return take_turns([partial(exchange, os.SCHED_BATCH), partial(exchange, os.SCHED_OTHER)], rounds)

@@ -1,5 +1,6 @@
 """A config is checked before anything starts, and each message names the field and the fix."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,11 @@ def test_an_absent_file_is_answered_with_the_nearest_name(tmp_path: Path) -> Non
     ) as got:
         load(tmp_path / "zero-2.yaml")
     assert str(got.value).endswith(f"Did you mean {near}?")
+    (tmp_path / "configs").mkdir()
+    below = written(tmp_path / "configs/nested.yaml", "")
+    with pytest.raises(ConfigError, match=re.escape(f"Did you mean {below}?")):
+        load(tmp_path / "nested.yaml")
+    written(tmp_path / ".quite-other.yaml", "")
     with pytest.raises(ConfigError, match=r"directory\)\.$"):
         load(tmp_path / "quite-another")
 

@@ -28,8 +28,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1, 0.4)
-        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        there = {p.name: p for here in (path.parent / "configs", path.parent) for p in here.glob("[!.]*.yaml")}
+        near = difflib.get_close_matches(path.name, there, 1, 0.4)
+        hint = f" Did you mean {there[near[0]]}?" if near else ""
         raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).{hint}") from None
     try:
         tree = yaml.safe_load(text)

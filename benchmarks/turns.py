@@ -1,0 +1,30 @@
+"""What it is worth that ranks on the CPU take turns: a small all_to_all, with and without, in the same ranks.
+
+A thread that a message wakes does not take the core from the one that is about to send the next (Linux's SCHED_BATCH).
+
+Run: python benchmarks/turns.py --ranks 4
+Exit code 1: the ratio is above its bound.
+"""
+
+from ratios import Ratio, command_line, end, milliseconds
+from work import turns_and_none
+
+from sandbox.runtime import launch
+
+BOUND = 1.0
+CALLS = 50
+
+
+def main() -> None:
+    args = command_line(__doc__, ranks=4, rounds=20).parse_args()
+    turns, none = launch(args.ranks, turns_and_none, CALLS, args.rounds, timeout=600)[0]
+    ratio = Ratio.of(turns, none)
+    print(
+        f"{CALLS} small all_to_all on {args.ranks} ranks: {milliseconds(turns, 1)} ms in turns, "
+        f"{milliseconds(none, 1)} ms without, ratio {ratio.middle:.3f} (quartiles {ratio.quartiles()}; bound {BOUND})"
+    )
+    end(ratio.middle <= BOUND)
+
+
+if __name__ == "__main__":
+    main()
