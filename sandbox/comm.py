@@ -11,7 +11,6 @@
 On gloo, reduce_scatter and all_gather are direct exchanges: every rank sends each other rank just what that rank needs,
 from where it lies to where it belongs. gloo's own reduce_scatter is an all_reduce and a slice (twice the bytes) and its
 all_gather copies once more; both want parts of one size. Here parts may differ in size, so nothing is padded.
-Little is exchanged by one all_to_all from gloo's own thread instead of two messages for each rank from Python's.
 Two ranks all_reduce little by exchanging the whole: the same bytes as a ring, in one hop instead of two.
 On NCCL its own collectives are used. Sums are taken in rank order on gloo, so results repeat to the bit.
 
@@ -48,11 +47,7 @@ FIRST_TAG = 16
 """Tags below are for the collectives made of messages, each its own."""
 
 SMALL = 2**20
-"""Bytes up to which what a message costs matters more than what it carries.
-
-One hop beats a ring of two ranks, although it adds twice as much; one call beats a message for each rank, although it
-copies this rank's own part.
-"""
+"""Bytes up to which one hop beats a ring of two ranks, although it adds twice as much."""
 
 
 @dataclass(frozen=True)
@@ -150,13 +145,8 @@ def reduce_scatter(flat: Tensor, sizes: Sequence[int], axis: Axis, dtype: torch.
         total = torch.empty_like(wide[axis.rank])
         work = dist.reduce_scatter(total, wide, group=axis.group, async_op=True)
         return Pending(axis, event, (_work(work),), lambda: total)
-    if _bytes(flat) <= SMALL:
-        landing = own.new_empty((axis.size, len(own)))
-        others = list(landing)
-        works = [_swap(flat, sizes, landing.view(-1), [len(own)] * axis.size, axis)]
-    else:
-        others = [own if rank == axis.rank else torch.empty_like(own) for rank in range(axis.size)]
-        works = _exchange(flat.split(list(sizes)), others, axis, tag=2)
+    others = [own if rank == axis.rank else torch.empty_like(own) for rank in range(axis.size)]
+    works = _exchange(flat.split(list(sizes)), others, axis, tag=2)
 
     def add() -> Tensor:
         total = torch.add(others[0].to(dtype), others[1])
@@ -173,15 +163,11 @@ def all_gather(flat: Tensor, sizes: Sequence[int], axis: Axis) -> Pending:
     event = axis.begin("all_gather", _bytes(own) * (axis.size - 1), flat)
     if axis.size == 1:
         return Pending(axis, event, (), lambda: flat)
+    parts = list(flat.split(list(sizes)))
     if flat.is_cuda:
-        parts = list(flat.split(list(sizes)))
         work = dist.all_gather(parts, own, group=axis.group, async_op=True)
         return Pending(axis, event, (_work(work),), lambda: flat)
-    if _bytes(flat) <= SMALL:
-        works = [_swap(own.repeat(axis.size), [len(own)] * axis.size, flat, sizes, axis)]
-    else:
-        works = _exchange([own] * axis.size, flat.split(list(sizes)), axis, tag=3)
-    return Pending(axis, event, works, lambda: flat)
+    return Pending(axis, event, _exchange([own] * axis.size, parts, axis, tag=3), lambda: flat)
 
 
 def all_to_all(
@@ -196,7 +182,9 @@ def all_to_all(
     event = axis.begin(op, _bytes(flat) - sizes[axis.rank] * flat.element_size(), flat, alike=False)
     if axis.size == 1:
         return Pending(axis, event, (), lambda: landing.copy_(flat))
-    return Pending(axis, event, (_swap(flat, sizes, landing, landing_sizes, axis),), lambda: landing)
+    counts = list(landing_sizes), list(sizes)
+    work = dist.all_to_all_single(landing, flat, *counts, group=axis.group, async_op=True)
+    return Pending(axis, event, (_work(work),), lambda: landing)
 
 
 def pass_on(tensor: Tensor, landing: Tensor, axis: Axis) -> Pending:
@@ -227,13 +215,6 @@ def receive(landing: Tensor, axis: Axis, source: int, tag: int, op: str = "recei
     event = axis.recorder.launch(op, axis.name, 0, landing)
     work = _work(dist.irecv(landing, group=axis.group, group_src=source, tag=FIRST_TAG + tag))
     return Pending(axis, event, (work,), lambda: landing)
-
-
-def _swap(flat: Tensor, sizes: Sequence[int], landing: Tensor, landing_sizes: Sequence[int], axis: Axis) -> dist.Work:
-    """Send each rank its part of `flat`; fill `landing` with what each sends here, this rank too."""
-    return _work(
-        dist.all_to_all_single(landing, flat, list(landing_sizes), list(sizes), group=axis.group, async_op=True)
-    )
 
 
 def _exchange(outgoing: Sequence[Tensor], incoming: Sequence[Tensor], axis: Axis, tag: int) -> list[dist.Work]:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from sandbox import units
 from sandbox.batch import Batch
-from sandbox.comm import SMALL, Axis, Pending, all_gather, all_reduce, reduce_scatter
+from sandbox.comm import Axis, Pending, all_gather, all_reduce, reduce_scatter
 from sandbox.config import Config, Data, Model, Train
 from sandbox.config import Mesh as MeshConfig
 from sandbox.data import Corpus
@@ -111,7 +111,7 @@ SIZES = {
     "uneven": (3, 1, 4, 2),
     "holes": (0, 7, 0, 2),
     "nothing": (0, 0, 0, 0),
-    "large": (70_000, 80_000, 60_000, 0),  # more than comm.SMALL bytes in float64
+    "large": (70_000, 80_000, 60_000, 0),  # more than 1 MiB in float64
 }
 
 
@@ -143,8 +143,8 @@ def collectives(member: Member) -> dict[str, Tensor]:
 
 
 def crossed_size(number: int) -> int:
-    """Elements of a part in a round: what goes as one call, and what as messages."""
-    return SMALL if number % 2 else 4
+    """Elements of a part in a round: many, or few."""
+    return 2**20 if number % 2 else 4
 
 
 def crossed(member: Member, rounds: int) -> tuple[list[Tensor], list[Tensor]]:

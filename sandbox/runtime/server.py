@@ -62,6 +62,7 @@ _NOT_OURS = (  # not for ranks, or on demand
     "sandbox.doctor",
     "sandbox.engines",
     "sandbox.launchers",
+    "sandbox.pytest_plugin",
     "sandbox.report",
 )
 

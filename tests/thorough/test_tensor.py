@@ -185,7 +185,7 @@ def test_bfloat16_is_as_near_as_its_noise(strategy: str) -> None:
 def test_sequence_parallelism_holds_less_while_it_runs() -> None:
     model, train = MODEL.model_copy(update={"width": 48}), {"batch": 4, "microbatches": 1}
     plain, cut = (
-        verify(tp(2, sequence=sequence), model=model, train=train, data=Data(sequence=768))  # more than comm.SMALL
+        verify(tp(2, sequence=sequence), model=model, train=train, data=Data(sequence=768))  # more than 1 MiB
         for sequence in (False, True)
     )
     assert max(cut.peak) < 0.9 * min(plain.peak)
