@@ -36,7 +36,9 @@ class Partition:
 
     @cached_property
     def lengths(self) -> dict[str, list[int]]:
-        """Elements of each parameter that each rank holds; their pieces follow one another in it."""
+        """Of each parameter, elements of the pieces into which `split` cuts it: they follow one another in it."""
+        if not self.rows:
+            return {name: [shape.numel()] for name, shape in self.shapes.items()}
         return {name: [spans[name][1] - spans[name][0] for spans in self.spans] for name in self.shapes}
 
     @cached_property
@@ -44,18 +46,22 @@ class Partition:
         return [stop - start for spans in self.spans for start, stop in spans.values()]
 
     def split(self, flat: Tensor) -> dict[str, list[Tensor]]:
-        """Each parameter's pieces by rank: views of `flat` [sum(sizes)], all parts laid end to end in rank order."""
-        pieces, width = flat.split(self._in_rank_order), len(self.shapes)
+        """Each parameter's pieces: views of `flat` [sum(sizes)], all parts laid end to end in rank order.
+
+        Rows make a piece for each rank; ranges are in rank order what they are in the parameters, and stay one.
+        """
+        width = len(self.shapes)
+        pieces = flat.split(self._in_rank_order if self.rows else [shape.numel() for shape in self.shapes.values()])
         return {name: list(pieces[number::width]) for number, name in enumerate(self.shapes)}
 
     def homes(self, whole: Tensor) -> list[Tensor]:
-        """Views of `whole`, the parameters flattened end to end: where the pieces of all parts in rank order belong."""
+        """Views of `whole`, the parameters flattened end to end: where rows of all parts in rank order belong."""
         pieces = whole.split([length for lengths in self.lengths.values() for length in lengths])
         ranks = len(self.spans)
         return [piece for rank in range(ranks) for piece in pieces[rank::ranks]]
 
     def unflatten(self, flat: Tensor, homes: list[Tensor]) -> None:
-        """Copy all parts, in rank order in `flat` [sum(sizes)], to their `homes`."""
+        """Copy all rows, in rank order in `flat` [sum(sizes)], to their `homes`."""
         torch.split_with_sizes_copy(flat, self._in_rank_order, out=homes)
 
     def pieces(self, part: Tensor, rank: int) -> dict[str, Tensor]:

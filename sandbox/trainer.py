@@ -79,8 +79,7 @@ class Trainer:
 
     def compute_gradients(self, batch: Batch) -> Tensor:
         """Forward and backward over this rank's microbatches -> this rank's share of the loss (float64)."""
-        if not self.program.model.training:
-            self.program.model.train()
+        self.program.model.train()
         self.zero_grad()
         local = self.program.shard_batch(batch).to(self.device)
         microbatches = local.split_rows(self.config.train.microbatches)
