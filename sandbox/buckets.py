@@ -63,7 +63,7 @@ class Bucket:
         flat = self._begin()
         grad, pieces, lengths = param.grad.reshape(-1), self._pieces[name], self._partition.lengths[name]
         if name in self._filled:
-            torch._foreach_add_(pieces, grad.split(lengths))
+            torch._foreach_add_(pieces, torch.split_with_sizes(grad, lengths))
         else:
             torch.split_with_sizes_copy(grad.to(flat.dtype), lengths, out=pieces)
         self._filled.add(name)
@@ -89,7 +89,7 @@ class Bucket:
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Each parameter's part of `flat` [numel], in the parameter's shape and this bucket's order."""
-        parts = flat.split([p.numel() for p in self.params.values()])
+        parts = torch.split_with_sizes(flat, [p.numel() for p in self.params.values()])
         return {name: part.view_as(p) for (name, p), part in zip(self.params.items(), parts, strict=True)}
 
 

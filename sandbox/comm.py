@@ -141,12 +141,12 @@ def reduce_scatter(flat: Tensor, sizes: Sequence[int], axis: Axis, dtype: torch.
     if axis.size == 1:
         return Pending(axis, event, (), lambda: own.to(dtype))
     if flat.is_cuda:
-        wide = [part.to(dtype) for part in flat.split(list(sizes))]
+        wide = [part.to(dtype) for part in torch.split_with_sizes(flat, list(sizes))]
         total = torch.empty_like(wide[axis.rank])
         work = dist.reduce_scatter(total, wide, group=axis.group, async_op=True)
         return Pending(axis, event, (_work(work),), lambda: total)
     others = [own if rank == axis.rank else torch.empty_like(own) for rank in range(axis.size)]
-    works = _exchange(flat.split(list(sizes)), others, axis, tag=2)
+    works = _exchange(torch.split_with_sizes(flat, list(sizes)), others, axis, tag=2)
 
     def add() -> Tensor:
         total = torch.add(others[0].to(dtype), others[1])
@@ -163,7 +163,7 @@ def all_gather(flat: Tensor, sizes: Sequence[int], axis: Axis) -> Pending:
     event = axis.begin("all_gather", _bytes(own) * (axis.size - 1), flat)
     if axis.size == 1:
         return Pending(axis, event, (), lambda: flat)
-    parts = list(flat.split(list(sizes)))
+    parts = list(torch.split_with_sizes(flat, list(sizes)))
     if flat.is_cuda:
         work = dist.all_gather(parts, own, group=axis.group, async_op=True)
         return Pending(axis, event, (_work(work),), lambda: flat)

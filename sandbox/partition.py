@@ -51,7 +51,8 @@ class Partition:
         Rows make a piece for each rank; ranges are in rank order what they are in the parameters, and stay one.
         """
         width = len(self.shapes)
-        pieces = flat.split(self._in_rank_order if self.rows else [shape.numel() for shape in self.shapes.values()])
+        sizes = self._in_rank_order if self.rows else [shape.numel() for shape in self.shapes.values()]
+        pieces = torch.split_with_sizes(flat, sizes)
         return {name: list(pieces[number::width]) for number, name in enumerate(self.shapes)}
 
     def homes(self, whole: Tensor) -> list[Tensor]:
@@ -68,7 +69,10 @@ class Partition:
         """Views of `part` [sizes[rank]], the part of `rank`, by parameter."""
         sizes = [stop - start for start, stop in self.spans[rank].values()]
         names = self.spans[rank]
-        return {name: view.view(self._shape(name, rank)) for name, view in zip(names, part.split(sizes), strict=True)}
+        return {
+            name: view.view(self._shape(name, rank))
+            for name, view in zip(names, torch.split_with_sizes(part, sizes), strict=True)
+        }
 
     def layout(self, name: str, rank: int, whole: Layout, axes: tuple[str, ...]) -> Layout:
         """Where the piece of `rank` lies, given where the parameter itself does."""
