@@ -12,7 +12,7 @@ import statistics
 from ratios import Ratio, command_line, end, mark, milliseconds
 from rich.console import Console
 from rich.table import Table
-from work import DATA, MODEL, race
+from work import DATA, MODEL, race, race_interrupting
 
 from sandbox.runtime import launch
 
@@ -27,7 +27,10 @@ STRATEGIES = {"native": ("ddp", "zero1", "zero2", "zero3", "fsdp"), "torch": ("d
 
 
 def main() -> None:
-    args = command_line(__doc__, ranks=[2, 4], rounds=20, rows=4, json=True).parse_args()
+    parser = command_line(__doc__, ranks=[2, 4], rounds=20, rows=4, json=True)
+    parser.add_argument("--interrupt", action="store_true", help="let threads interrupt one another, as Linux does")
+    args = parser.parse_args()
+    racing = race_interrupting if args.interrupt else race
     table = Table("ranks", "ours", "theirs", "ours ms", "theirs ms", "ratio", "quartiles", "bound", box=None)
     rows, good = [], True
     for ranks in args.ranks:
@@ -37,7 +40,7 @@ def main() -> None:
             for name in names
         }
         common = {"model": MODEL, "data": DATA, "train": {"batch": args.rows * ranks}}
-        measured = launch(ranks, race, racers, common, args.rounds, timeout=600)[0]
+        measured = launch(ranks, racing, racers, common, args.rounds, timeout=600)[0]
         for ours, theirs, bound in PAIRS:
             a, b = measured[f"native {ours}"].seconds, measured[f"torch {theirs}"].seconds
             ratio = Ratio.of(a, b)

@@ -75,6 +75,18 @@ def race(member: Member, racers: dict[str, dict[str, Any]], common: dict[str, An
     return dict(zip(trainers, map(Measured, seconds, most.tolist(), counts), strict=True))
 
 
+def race_interrupting(member: Member, *job: Any) -> dict[str, Measured]:
+    """`race`, where threads interrupt one another as they wake up: Linux's default, and not that of our ranks."""
+    schedule(os.SCHED_OTHER)
+    return race(member, *job)
+
+
+def schedule(policy: int) -> None:
+    """How Linux is to schedule all threads of this process, and those that they start."""
+    for thread in Path("/proc/self/task").iterdir():
+        os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
+
+
 def take_turns(steps: list[Callable[[], object]], rounds: int) -> list[list[float]]:
     """Seconds of the slowest rank for each round's call, by step; the first three rounds do not count."""
     import torch
@@ -204,8 +216,7 @@ def turns_and_none(member: Member, calls: int, rounds: int) -> list[list[float]]
     flat, sizes = torch.ones(4 * member.world), [4] * member.world
 
     def exchange(policy: int) -> None:
-        for thread in Path("/proc/self/task").iterdir():
-            os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
+        schedule(policy)
         for _ in range(calls):
             all_to_all(flat, sizes, torch.empty_like(flat), sizes, axis).wait()
 
