@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-__all__ = ["Ratio", "command_line", "end", "mark", "milliseconds"]
+__all__ = ["Ratio", "command_line", "end", "end_with", "mark", "milliseconds"]
 
 
 def command_line(about: str, **defaults: Any) -> argparse.ArgumentParser:
@@ -55,6 +55,16 @@ def mark(good: bool) -> str:
 def milliseconds(seconds: Sequence[float], digits: int = 0) -> str:
     """The median, for people."""
     return f"{statistics.median(seconds) * 1e3:.{digits}f}"
+
+
+def end_with(
+    what: str, ours: tuple[str, Sequence[float]], theirs: tuple[str, Sequence[float]], bound: float
+) -> NoReturn:
+    """Tell how two times compare, each with its name, and end: with 1 if the ratio is above `bound`."""
+    ratio = Ratio.of(ours[1], theirs[1])
+    times = ", ".join(f"{name} {milliseconds(seconds, 1)} ms" for name, seconds in (ours, theirs))
+    print(f"{what}: {times}, ratio {ratio.middle:.3f} (quartiles {ratio.quartiles()}; bound {bound})")
+    end(ratio.middle <= bound)
 
 
 def end(good: bool, results: Any = None, file: Path | None = None) -> NoReturn:

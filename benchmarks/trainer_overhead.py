@@ -4,7 +4,7 @@ Run: python benchmarks/trainer_overhead.py --ranks 2
 Exit code 1: the ratio is above its bound.
 """
 
-from ratios import Ratio, command_line, end, milliseconds
+from ratios import command_line, end_with
 from work import trainer_and_loop
 
 from sandbox.runtime import launch
@@ -15,12 +15,7 @@ BOUND = 1.02
 def main() -> None:
     args = command_line(__doc__, ranks=2, rounds=30, rows=4).parse_args()
     ours, theirs = launch(args.ranks, trainer_and_loop, args.rows * args.ranks, args.rounds, timeout=600)[0]
-    ratio = Ratio.of(ours, theirs)
-    print(
-        f"{args.ranks} ranks: trainer {milliseconds(ours, 1)} ms, by hand {milliseconds(theirs, 1)} ms, "
-        f"ratio {ratio.middle:.3f} (quartiles {ratio.quartiles()}; bound {BOUND})"
-    )
-    end(ratio.middle <= BOUND)
+    end_with(f"{args.ranks} ranks", ("trainer", ours), ("by hand", theirs), BOUND)
 
 
 if __name__ == "__main__":

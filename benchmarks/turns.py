@@ -6,7 +6,7 @@ Run: python benchmarks/turns.py --ranks 4
 Exit code 1: the ratio is above its bound.
 """
 
-from ratios import Ratio, command_line, end, milliseconds
+from ratios import command_line, end_with
 from work import turns_and_none
 
 from sandbox.runtime import launch
@@ -18,12 +18,7 @@ CALLS = 50
 def main() -> None:
     args = command_line(__doc__, ranks=4, rounds=20).parse_args()
     turns, none = launch(args.ranks, turns_and_none, CALLS, args.rounds, timeout=600)[0]
-    ratio = Ratio.of(turns, none)
-    print(
-        f"{CALLS} small all_to_all on {args.ranks} ranks: {milliseconds(turns, 1)} ms in turns, "
-        f"{milliseconds(none, 1)} ms without, ratio {ratio.middle:.3f} (quartiles {ratio.quartiles()}; bound {BOUND})"
-    )
-    end(ratio.middle <= BOUND)
+    end_with(f"{CALLS} small all_to_all on {args.ranks} ranks", ("in turns", turns), ("without", none), BOUND)
 
 
 if __name__ == "__main__":

@@ -42,28 +42,27 @@ class Partition:
         return {name: [spans[name][1] - spans[name][0] for spans in self.spans] for name in self.shapes}
 
     @cached_property
-    def _in_rank_order(self) -> list[int]:
-        return [stop - start for spans in self.spans for start, stop in spans.values()]
+    def _cuts(self) -> list[int]:
+        """Elements of all pieces, in the order in which they lie in all parts."""
+        return [length for alike in zip(*self.lengths.values(), strict=True) for length in alike]
 
     def split(self, flat: Tensor) -> dict[str, list[Tensor]]:
         """Each parameter's pieces: views of `flat` [sum(sizes)], all parts laid end to end in rank order.
 
         Rows make a piece for each rank; ranges are in rank order what they are in the parameters, and stay one.
         """
-        width = len(self.shapes)
-        sizes = self._in_rank_order if self.rows else [shape.numel() for shape in self.shapes.values()]
-        pieces = torch.split_with_sizes(flat, sizes)
+        pieces, width = torch.split_with_sizes(flat, self._cuts), len(self.shapes)
         return {name: list(pieces[number::width]) for number, name in enumerate(self.shapes)}
 
     def homes(self, whole: Tensor) -> list[Tensor]:
-        """Views of `whole`, the parameters flattened end to end: where rows of all parts in rank order belong."""
+        """Views of `whole`, the parameters flattened end to end: where the pieces of all parts in rank order belong."""
         pieces = whole.split([length for lengths in self.lengths.values() for length in lengths])
-        ranks = len(self.spans)
-        return [piece for rank in range(ranks) for piece in pieces[rank::ranks]]
+        each = len(pieces) // len(self.shapes)
+        return [piece for number in range(each) for piece in pieces[number::each]]
 
     def unflatten(self, flat: Tensor, homes: list[Tensor]) -> None:
-        """Copy all rows, in rank order in `flat` [sum(sizes)], to their `homes`."""
-        torch.split_with_sizes_copy(flat, self._in_rank_order, out=homes)
+        """Copy all parts, in rank order in `flat` [sum(sizes)], to their `homes`."""
+        torch.split_with_sizes_copy(flat, self._cuts, out=homes)
 
     def pieces(self, part: Tensor, rank: int) -> dict[str, Tensor]:
         """Views of `part` [sizes[rank]], the part of `rank`, by parameter."""

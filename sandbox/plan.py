@@ -220,10 +220,9 @@ def predict(config: Config) -> list[Prediction]:
     """What each rank will send in a step and hold after it: the plan folded on paper, over a model without values."""
     ranks, planned = [], plan(config)
     cuts = any(p.strategy.AXIS != "dp" for p in planned)  # these cut the model, for those after them
-    model = build(config.model, config.train.dtype)
     for rank in range(config.mesh.world):
         mesh = Mesh(config.mesh.degrees, rank)
-        if cuts and rank:
+        if cuts or not rank:
             model = build(config.model, config.train.dtype)
         parts = [p.strategy.predict(model, mesh, p.options, config) for p in planned]
         traffic: dict[str, float] = defaultdict(float)

@@ -116,7 +116,7 @@ class Shard:
         self.whole = torch.empty(sum(self.sizes), dtype=compute, device=self.part.device)
         params = {name: nn.Parameter(view) for name, view in Bucket(unit.params).views(self.whole).items()}
         self.bucket = Bucket(params, self.partition, dtype)
-        self._homes = self.partition.homes(self.whole) if self.partition.rows else []
+        self._homes = self.partition.homes(self.whole)
         for param in params.values():
             param.grad_dtype = dtype
         self._bytes = self.whole.untyped_storage().nbytes()

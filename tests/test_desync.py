@@ -130,9 +130,9 @@ def test_a_collective_that_the_others_never_start_is_named() -> None:
 
 @parity
 def test_a_rank_that_takes_no_part_in_a_checkpoint_is_named(tmp_path: Path) -> None:
-    absent = "Rank 1 (returned already) never arrived: the others wait in #{} checkpoint over world."
-    assert absent.format(1) in fault(3, work.read_by, [0, 2])
-    assert absent.format(1) in fault(3, work.saved_by, world.config(world=3), tmp_path, [0, 2])
+    absent = "Rank 1 (returned already) never arrived: the others wait in #1 checkpoint over world."
+    assert absent in fault(3, work.read_by, [0, 2])
+    assert absent in fault(3, work.saved_by, world.config(world=3), tmp_path, [0, 2])
 
 
 @parity

@@ -104,11 +104,12 @@ def test_places_say_where_each_element_lies_in_all_parts_together(
         assert all(piece.untyped_storage()._cdata == flat.untyped_storage()._cdata for piece in pieces), "views"
 
 
+@CUTS
 @few
 @given(shapes=SHAPES, ranks=RANKS)
-def test_unflattening_brings_every_row_home(shapes: list[tuple[int, ...]], ranks: int) -> None:
+def test_unflattening_brings_every_element_home(cut: object, shapes: list[tuple[int, ...]], ranks: int) -> None:
     wholes = {name: p.detach() for name, p in params(shapes).items()}
-    partition = by_rows(params(shapes), ranks)
+    partition = cut(params(shapes), ranks)  # type: ignore[operator]
     again = torch.full((sum(partition.sizes),), torch.nan, dtype=torch.float64)
     partition.unflatten(laid_out(partition, wholes), partition.homes(again))
     assert torch.equal(again, torch.cat([whole.flatten() for whole in wholes.values()]))

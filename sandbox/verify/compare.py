@@ -46,7 +46,7 @@ def assemble(ranks: Sequence[Sequence[Pieces]]) -> list[dict[str, Whole]]:
     return [
         {
             name: Whole(part.view(shape), furthest)
-            for (name, shape), part, furthest in zip(shapes.items(), row.split(sizes), _largest(d, sizes), strict=True)
+            for (name, shape), part, furthest in zip(shapes.items(), row.split(sizes), _furthest(d, sizes), strict=True)
         }
         for row, d in zip(value, drift, strict=True)
     ]
@@ -62,7 +62,7 @@ def _places(layouts: Mapping[str, Layout], shapes: Mapping[str, tuple[int, ...]]
     return torch.cat([layout.take(wholes[n].view(layout.shape)).reshape(-1) for n, layout in layouts.items()])
 
 
-def _largest(drift: Tensor, sizes: list[int]) -> list[float]:
+def _furthest(drift: Tensor, sizes: list[int]) -> list[float]:
     if not drift.any():
         return [0.0] * len(sizes)
     return [part.max().item() if len(part) else 0.0 for part in drift.split(sizes)]
