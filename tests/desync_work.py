@@ -1,6 +1,6 @@
-"""Ranks that do not call the same collectives. Each does what is said, on rank 1 only.
+"""Ranks that do not call the same collectives. Each does what is said, on one rank only.
 
-As a program, a rank under torchrun: what rank 1 does, and the timeout.
+As a program, a rank under torchrun: what that rank does, the timeout, and which it is.
 """
 
 import os
@@ -28,11 +28,13 @@ def axis_of(member: Member) -> Axis:
     return world.axis_of(member, Recorder(board=member.board))
 
 
-def in_order(member: Member, sabotage: Callable[[Member, Axis, int], None], rounds: int = 3) -> None:
-    """Sum two numbers in each round; in the second, rank 1 does something else."""
+def in_order(
+    member: Member, sabotage: Callable[[Member, Axis, int], None], rounds: int = 3, struck: int = 1
+) -> None:
+    """Sum two numbers in each round; in the second, the rank `struck` does something else."""
     axis = axis_of(member)
     for number in range(rounds):
-        if number == 1 and member.rank == 1:
+        if number == 1 and member.rank == struck:
             sabotage(member, axis, number)
             continue
         for op in ("loss", "norm"):
@@ -141,7 +143,8 @@ def other_first(trainer: Trainer) -> None:
 if __name__ == "__main__":
     code = 0
     try:
-        attach(int(os.environ["WORLD_SIZE"]), in_order, globals()[sys.argv[1]], timeout=float(sys.argv[2]))
+        sabotage, timeout, struck = sys.argv[1:]
+        attach(int(os.environ["WORLD_SIZE"]), in_order, globals()[sabotage], 3, int(struck), timeout=float(timeout))
     except SandboxError as error:
         print(error, file=sys.stderr)
         code = error.exit_code

@@ -254,22 +254,28 @@ def test_a_store_that_was_slow_is_asked_again(
 
 @linux
 @recovery
-def test_under_torchrun_a_rank_that_is_stopped_is_named(traced: Traced) -> None:
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_under_torchrun_a_rank_that_is_stopped_is_named_by_the_first_of_the_others(
+    traced: Traced, stopped: int
+) -> None:
+    """Of several others, if the first rank is lost, by any."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3")
-    with traced.start(*torchrun, work.__file__, "stop", "6") as program:
+    with traced.start(*torchrun, work.__file__, "stop", "6", str(stopped)) as program:
         assert program.stderr
         lines: list[str] = []
         for line in program.stderr:
             lines.append(line)
-            if line.startswith("rank 2 ends"):  # torchrun would ask the stopped one for 30 s
-                for pid in traced.processes("\0RANK=1\0"):
+            if re.match("rank . ends", line):  # torchrun would ask the stopped one for 30 s
+                for pid in traced.processes(f"\0RANK={stopped}\0"):
                     os.kill(pid, signal.SIGKILL)
     assert program.returncode == 1
     report = [line for line in lines if re.match("no rank|  rank|rank", line)]
-    assert report[0].endswith(f" Rank 1 (silent) never arrived: the others wait in #3 {LOST}.\n")
-    assert report[1].startswith("  rank 0: waiting for ")
-    assert report[2].startswith("  rank 1: does not answer: stopped, dead or cut off. It was last seen ")
-    assert report[3].startswith("  rank 2: waiting for ")
-    assert report[4] == "rank 2 ends: rank 0 tells why.\n"
-    assert f"Rank 1 (silent) never arrived: the others wait in #3 {LOST}" in "".join(lines).partition("Root Cause")[2]
+    assert report[0].endswith(f" Rank {stopped} (silent) never arrived: the others wait in #3 {LOST}.\n")
+    for rank, line in enumerate(report[1:4]):
+        state = "does not answer: stopped, dead or cut off. It was last seen " if rank == stopped else "waiting for "
+        assert line.startswith(f"  rank {rank}: {state}")
+    ends = ["rank 2 ends: rank 0 tells why.\n"]
+    assert report[4] in (ends if stopped else ["rank 2 ends: rank 1 tells why.\n", "rank 1 ends: rank 2 tells why.\n"])
+    cause = "".join(lines).partition("Root Cause")[2]
+    assert f"Rank {stopped} (silent) never arrived: the others wait in #3 {LOST}" in cause
     assert not traced.processes()

@@ -2,7 +2,7 @@
 
 Once a second each rank puts its board into the store by which the ranks met: 6 KB, for 0.3 ms. The first rank reads
 them all, to see whether everybody starts the same collectives, and the others only once they have nearly stood still
-for too long. Who finds a fault first tells it, for all; the others say who did; and all end.
+for too long, lest the first be lost. Who finds a fault first tells it, for all; the others say who did; and all end.
 
 A rank that is stopped, or cut off, is one of which no new board comes. Machines have each their own clock, so what
 happened on another is placed by when its board came here.
@@ -112,19 +112,18 @@ class Watch:
             self._bell.wait(_LOOK)
 
     def _look(self) -> None:
-        now, rank = time.monotonic(), self._member.rank
+        now, first = time.monotonic(), self._member.rank == 0
         still = now - self._member.board.read().moved
-        patience = self._timeout + _LOOK * (rank > 0)  # the first rank is where people look first
-        read = now > self._reading if rank == 0 else still > patience - _SILENT - _LOOK
+        read = still > self._timeout - _SILENT - _LOOK or (first and now > self._reading)
         begun = time.thread_time()
         self._exchange(read)
-        if not read:
-            return
+        if not read or not (first or 0 in self._silent()):
+            return  # the first rank sees what this one does, and is where people look first
         if found := desync(self._boards()):
             if self._suspect:  # at the second look: boards are up to a second old, and the last to come belongs in, too
                 self._tell(found)
             self._suspect, now = True, 0.0
-        elif still > patience and self._stuck(patience):
+        elif still > self._timeout and self._stuck():
             self._tell(self._report())
         self._reading = now + (time.thread_time() - begun) / _SHARE
 
@@ -180,9 +179,9 @@ class Watch:
 
     # What to make of it
 
-    def _stuck(self, patience: float) -> bool:
+    def _stuck(self) -> bool:
         """Whether nobody got on, while one waits for another. If none waits, they may import or compile: for longer."""
-        silent = self._silent()
+        silent, patience = self._silent(), self._timeout
         entries = [heard.entry for rank, heard in self._heard.items() if rank not in silent]
         if not any(entry.waiting for entry in entries):
             patience *= _IDLE

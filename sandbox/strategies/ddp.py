@@ -10,6 +10,7 @@
 
 Bytes sent by a rank in one step: 2 (n-1)/n P, the least an all-reduce can send (n ranks, P bytes of gradients), and M
 times that if every one of M microbatches is synchronised. Memory: parameters, gradients and optimizer state in full.
+The flat tensors of the gradients stay from step to step, unless every microbatch is synchronised.
 
 The sum is taken over dp x cp: parameters are replicated over both. Of experts that are cut over ep, a part of dp, it is
 taken over the rest.
@@ -47,7 +48,7 @@ def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` with its rows cut over dp and its gradients summed over dp x cp."""
     over = summed_over(program.model, mesh, *AXES)
     params = materialise(program)
-    buckets = cut_buckets(params, options.bucket_mb, over)
+    buckets = cut_buckets(params, options.bucket_mb, over, lasting=options.sync == "last")
     reduced: dict[int, Tensor] = {}  # sums of earlier microbatches, with sync "each"
     pending: list[tuple[int, Pending]] = []
 

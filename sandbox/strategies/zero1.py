@@ -84,10 +84,15 @@ class Shard:
             self.pieces[name].grad = grad
 
 
-def shard_optimizer(program: Program, mesh: Mesh, megabytes: float) -> tuple[Program, list[Shard]]:
-    """Cut what the optimizer updates over dp_shard x cp; after each step, gather the parameters."""
+def shard_optimizer(
+    program: Program, mesh: Mesh, megabytes: float, *, lasting: bool = False
+) -> tuple[Program, list[Shard]]:
+    """Cut what the optimizer updates over dp_shard x cp; after each step, gather the parameters.
+
+    `lasting`: gradients are to stay whole.
+    """
     over = summed_over(program.model, mesh, *AXES)
-    buckets = cut_buckets(materialise(program), megabytes, over)
+    buckets = cut_buckets(materialise(program), megabytes, over, lasting=lasting)
     shards = [Shard.of(bucket, over(bucket.first)) for bucket in buckets]
 
     def refresh() -> None:
@@ -107,7 +112,7 @@ def shard_optimizer(program: Program, mesh: Mesh, megabytes: float) -> tuple[Pro
 
 def apply(program: Program, mesh: Mesh, options: Options) -> Program:
     """Return `program` with the optimizer's state cut over dp_shard x cp."""
-    sharded, shards = shard_optimizer(program, mesh, options.bucket_mb)
+    sharded, shards = shard_optimizer(program, mesh, options.bucket_mb, lasting=True)
     sums = ScatterSum([shard.axis for shard in shards], mesh.axis("dp_replicate"), shards[0].flat.dtype)
     full: dict[int, Tensor] = {}  # gradients stay whole in stage 1
 
