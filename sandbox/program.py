@@ -210,8 +210,8 @@ def clip(program: Program, most: float | None, mesh: Mesh) -> Tensor:
     if sharded:
         square = all_reduce(square, mesh.everyone, "norm").wait()
     norm = square.sqrt()
-    if most is not None and grads:
-        torch._foreach_mul_(list(grads.values()), min(1.0, most / (norm.item() + 1e-6)))
+    if most is not None and grads and (factor := most / (norm.item() + 1e-6)) < 1:
+        torch._foreach_mul_(list(grads.values()), factor)
     return norm
 
 

@@ -28,9 +28,7 @@ def axis_of(member: Member) -> Axis:
     return world.axis_of(member, Recorder(board=member.board))
 
 
-def in_order(
-    member: Member, sabotage: Callable[[Member, Axis, int], None], rounds: int = 3, struck: int = 1
-) -> None:
+def in_order(member: Member, sabotage: Callable[[Member, Axis, int], None], rounds: int = 3, struck: int = 1) -> None:
     """Sum two numbers in each round; in the second, the rank `struck` does something else."""
     axis = axis_of(member)
     for number in range(rounds):

@@ -1,6 +1,6 @@
 """Whatever stands in a file: a clear error or a right result, never a traceback, a hang or a file half written.
 
-Five thousand mutations, always the same; half a minute of processor time, most of it the thousand of checkpoints.
+4,700 mutations, always the same; 20 s of processor time, most of it the 700 of checkpoints. More: thorough/.
 """
 
 from pathlib import Path
@@ -32,4 +32,4 @@ def test_mutated_checkpoints(tmp_path: Path) -> None:
 
 
 def test_forged_checkpoints(tmp_path: Path) -> None:
-    assert 150 < fuzz.checkpoints(tmp_path, range(500), forged=True) < 500
+    assert 60 < fuzz.checkpoints(tmp_path, range(200), forged=True) < 200
