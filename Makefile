@@ -12,8 +12,11 @@ PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal
 SHORT := --set train.steps=60
 RUNS := unsharded ddp zero1 zero2 zero3 fsdp
 
+# Or every process that tests start compiles the sources anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint fast unit parity compositions engines pages recovery thorough cluster bench picture pictures docker clean
+.PHONY: help demo test lint fast unit parity slow compositions engines pages recovery thorough cluster bench picture pictures docker clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +45,9 @@ unit: .venv/.installed  ## Tests of one process
 
 parity: .venv/.installed  ## Tests of several processes, but for those below
 	$(PYTEST) -m "parity and not ($(SLOW))"
+
+slow: .venv/.installed  ## The next four at once; a quarter of an hour
+	$(PYTEST) -m "(compositions or engines or pages or recovery) and not (thorough or cluster)"
 
 compositions: .venv/.installed  ## Plans of two to five axes, on up to 32 ranks; five minutes
 	$(PYTEST) -m "compositions and not engines"

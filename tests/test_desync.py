@@ -266,6 +266,7 @@ def test_under_torchrun_a_rank_that_is_stopped_is_named_by_the_first_of_the_othe
         for line in program.stderr:
             lines.append(line)
             if re.match("rank . ends", line):  # torchrun would ask the stopped one for 30 s
+                time.sleep(1.1)  # it tells deaths apart by the second
                 for pid in traced.processes(f"\0RANK={stopped}\0"):
                     os.kill(pid, signal.SIGKILL)
     assert program.returncode == 1
