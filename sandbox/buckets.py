@@ -49,6 +49,7 @@ class Bucket:
         self._partition = partition or by_ranges(params, 1)
         self._flat: Tensor | None = None
         self._pieces: dict[str, list[Tensor]] = {}  # views of it
+        self._views: dict[str, Tensor] = {}  # the same of parameters that it holds in one piece, in their shape
         self._filled: set[str] = set()
 
     @property
@@ -64,14 +65,18 @@ class Bucket:
     def collect(self, name: str) -> None:
         """Move the gradient of `name` into the flat tensor."""
         param = self.params[name]
-        if param.grad is None:
+        if (grad := param.grad) is None:
             return
-        flat = self._begin()
-        grad, pieces, lengths = param.grad.reshape(-1), self._pieces[name], self._partition.lengths[name]
-        if name in self._filled:
-            torch._foreach_add_(pieces, torch.split_with_sizes(grad, lengths))
+        flat, again = self._begin(), name in self._filled
+        if name in self._views:
+            view = self._views[name]
+            (view.add_ if again else view.copy_)(grad)
         else:
-            torch.split_with_sizes_copy(grad.to(flat.dtype), lengths, out=pieces)
+            lengths, grad = self._partition.lengths[name], grad.reshape(-1)
+            if again:
+                torch._foreach_add_(self._pieces[name], torch.split_with_sizes(grad, lengths))
+            else:
+                torch.split_with_sizes_copy(grad.to(flat.dtype), lengths, out=self._pieces[name])
         self._filled.add(name)
         param.grad = None
 
@@ -84,7 +89,7 @@ class Bucket:
             torch._foreach_zero_(self._pieces[name])
         self._filled.clear()
         if not self.lasting:
-            self._flat, self._pieces = None, {}
+            self._flat, self._pieces, self._views = None, {}, {}
         return flat
 
     def _begin(self) -> Tensor:
@@ -92,10 +97,14 @@ class Bucket:
             first = self.params[self.first]
             self._flat = torch.empty(self.numel, dtype=self.dtype or first.dtype, device=first.device)
             self._pieces = self._partition.split(self._flat)
+            if not self._partition.rows:
+                self._views = {name: pieces[0].view_as(self.params[name]) for name, pieces in self._pieces.items()}
         return self._flat
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Each parameter's part of `flat` [numel], in the parameter's shape and this bucket's order."""
+        if flat is self._flat and self._views:
+            return self._views
         parts = torch.split_with_sizes(flat, [p.numel() for p in self.params.values()])
         return {name: part.view_as(p) for (name, p), part in zip(self.params.items(), parts, strict=True)}
 
