@@ -51,6 +51,15 @@ class Batch:
         """Cut into `parts` of consecutive rows; sizes differ by one at most, larger ones first."""
         return [self.take_rows(index) for index in torch.arange(len(self.rows)).tensor_split(parts)]
 
+    def filled(self, rows: int) -> Self:
+        """The batch with its last row repeated up to `rows` rows, without targets."""
+        if (count := len(self.rows)) == rows:
+            return self
+        padded = self.take_rows(torch.arange(rows).clamp(max=count - 1))
+        targets = padded.targets.clone()
+        targets[count:] = IGNORED
+        return replace(padded, targets=targets)
+
     def to(self, device: torch.device) -> Self:
         """The same batch on `device`."""
         moved = self._grids(lambda t: t.to(device))

@@ -39,7 +39,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sandbox.batch import IGNORED, Batch
+from sandbox.batch import Batch
 from sandbox.comm import Axis, receive, send
 from sandbox.config import Config
 from sandbox.engines.torch._dtensors import microbatch_rows, own_rows
@@ -162,35 +162,31 @@ class Pipeline:
         """Run the schedule over microbatches -> this rank's share of the loss: where the last stage is all, or 0."""
         rows = max(len(batch.rows) for batch in batches)
         self.program, self.valid = program, valid
-        self.batches = [filled(batch, rows) for batch in batches]
+        self.batches = [batch.filled(rows) for batch in batches]
         training = torch.is_grad_enabled()
         if (rows, training) not in self.schedules:
             self.schedules[rows, training] = self._schedule(len(batches), training)
         schedule = self.schedules[rows, training]
         losses: list[Tensor] = []
         number = torch.arange(len(batches))  # all that torch has to cut into microbatches
-        first, last = (self.home[end] == self.axis.rank for end in (0, -1))
-        given = (number,) if first else ()
-        target = number if last else None
+        given = (number,) if self.home[0] == self.axis.rank else ()
+        told = {"number": number, "target": number if self.home[-1] == self.axis.rank else None, "losses": losses}
         if training:
-            schedule.step(*given, number=number, target=target, losses=losses, return_outputs=False)
+            schedule.step(*given, **told, return_outputs=False)
         else:
-            schedule.eval(*given, number=number, target=target, losses=losses)
-        total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
-        for loss in losses:
-            total += loss.detach()
-        return total
+            schedule.eval(*given, **told)
+        zero = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
+        return sum((loss.detach() for loss in losses), start=zero)
 
     def _view(self, model: Transformer, stage: Stage) -> nn.Module:
         part = view(model, stage)
         for name, value in vars(part).items():
             if name.endswith("hooks") or "hooks_" in name:
                 setattr(part, name, copy.copy(value))  # its own, for whoever wraps it hooks into it
-        first = "embed" in stage
 
         def give(module: nn.Module, args: Any, kwargs: Any) -> Any:
             batch = self.batches[int(kwargs["number"])]
-            return ((batch,) if first else (batch, *args)), {}
+            return ((batch,) if "embed" in stage else (batch, *args)), {}
 
         part.register_forward_pre_hook(give, with_kwargs=True)
         return part
@@ -223,17 +219,6 @@ def forwards(actions: Iterable[Any]) -> Iterator[Any]:
             yield from forwards(action.sub_actions)
         elif action.computation_type.name in ("FORWARD", "SEND_F", "RECV_F", "UNSHARD", "RESHARD"):
             yield action
-
-
-def filled(batch: Batch, rows: int) -> Batch:
-    """The batch with its last row repeated up to `rows` rows, without targets."""
-    count = len(batch.rows)
-    if count == rows:
-        return batch
-    padded = batch.take_rows(torch.arange(rows).clamp(max=count - 1))
-    targets = padded.targets.clone()
-    targets[count:] = IGNORED
-    return replace(padded, targets=targets)
 
 
 def predict(model: nn.Module, mesh: Mesh, options: Options, config: Config) -> Prediction:
