@@ -14,8 +14,9 @@ from sandbox.buckets import Bucket, ScatterSum, cut_buckets, reduce_in_backward
 from sandbox.comm import Axis
 from sandbox.config import Config
 from sandbox.mesh import Mesh
-from sandbox.partition import by_rows
+from sandbox.partition import by_ranges, by_rows
 from sandbox.program import Program, unsharded
+from sandbox.units import Cut
 
 pytestmark = pytest.mark.unit
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -51,26 +52,33 @@ def test_views_are_the_parameters_parts_of_the_flat_tensor() -> None:
     assert flat[6:].tolist() == [0] * 4
 
 
-def test_what_is_collected_is_moved_and_added() -> None:
-    bucket = Bucket(params([(2,), (3,)]))
+@pytest.mark.parametrize("lasting", [False, True])
+def test_what_is_collected_is_moved_and_added(lasting: bool) -> None:
+    bucket = Bucket(params([(2,), (3,)]), lasting=lasting)
     for value in (1.0, 2.0):
         bucket.params["p0"].grad = torch.full((2,), value)
         bucket.collect("p0")
         assert bucket.params["p0"].grad is None
     bucket.collect("p1")  # it has no gradient
-    assert bucket.take().tolist() == [3, 3, 0, 0, 0]
-    assert bucket.take().tolist() == [0] * 5, "a step leaves nothing to the next"
+    taken = bucket.take()
+    assert taken.tolist() == [3, 3, 0, 0, 0]
+    again = bucket.take()
+    assert again.tolist() == [0] * 5, "a step leaves nothing to the next"
+    assert (again is taken) == lasting
+    assert taken.tolist() == ([0] * 5 if lasting else [3, 3, 0, 0, 0])
 
 
-def test_a_bucket_sums_in_its_own_dtype_and_lays_out_by_its_partition() -> None:
+@pytest.mark.parametrize(("cut", "order"), [(by_rows, [1, 2, 5, 3, 4, 6]), (by_ranges, [1, 2, 3, 4, 5, 6])])
+def test_a_bucket_sums_in_its_own_dtype_and_lays_out_by_its_partition(cut: Cut, order: list[int]) -> None:
     shapes = params([(2, 2), (2,)])
-    bucket = Bucket(shapes, by_rows(shapes, 2), torch.float64)
-    for name, grad in (("p0", torch.tensor([[1.0, 2.0], [3.0, 4.0]])), ("p1", torch.tensor([5.0, 6.0]))):
-        bucket.params[name].grad = grad
+    bucket = Bucket(shapes, cut(shapes, 2), torch.float64)
+    grads = {"p0": torch.tensor([[1.0, 3.0], [2.0, 4.0]]).T, "p1": torch.tensor([5.0, 6.0])}  # one is not contiguous
+    for name in (*grads, *grads):
+        bucket.params[name].grad = grads[name]
         bucket.collect(name)
     flat = bucket.take()
     assert flat.dtype == torch.float64
-    assert flat.tolist() == [1, 2, 5, 3, 4, 6]
+    assert flat.tolist() == [2 * value for value in order]
 
 
 def stub(buckets: list[Bucket], *, each: bool) -> tuple[Program, list[Any]]:
