@@ -34,7 +34,7 @@ class Bucket:
 
     A gradient is moved into the flat tensor as soon as it is there, while the cache still holds it, and what backward
     made is let go. Moved again, it is added. With `lasting` there is one flat tensor for good, which the next gradients
-    overwrite: the kernel would else clear new pages for each, 2 to 4 % of a step.
+    overwrite: for new ones the kernel would clear pages anew in each step.
     """
 
     def __init__(
