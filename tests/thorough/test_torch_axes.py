@@ -10,7 +10,7 @@ import torch_axes_work as work
 import world
 
 from sandbox.config import Config, Data, Model
-from sandbox.engines.torch.pipeline import NAMES, filled
+from sandbox.engines.torch.pipeline import NAMES
 from sandbox.errors import ConfigError, WorkerError
 from sandbox.model import build
 from sandbox.plan import plan
@@ -92,10 +92,10 @@ def test_rows_of_padding_add_nothing_to_the_loss() -> None:
     torch.manual_seed(0)
     for param in model.parameters():
         torch.nn.init.normal_(param)
-    more = filled(given, 5)
+    more = given.filled(5)
     assert len(more.rows) == len(more.tokens) == 5
     assert more.valid == given.valid
-    assert filled(given, len(given.rows)) is given
+    assert given.filled(len(given.rows)) is given
     assert torch.equal(model(more)[: len(given.rows)], model(given))
 
 
