@@ -34,20 +34,21 @@ lint: .venv/.installed  ## ruff, mypy, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-SLOW := thorough or cluster or compositions or engines or pages or recovery
+SLOW := compositions or engines or pages or recovery
+APART := thorough or cluster
 
 # Of both tiers at once: to collect tests takes its time too.
 fast: .venv/.installed
-	$(PYTEST) -m "unit or not ($(SLOW))"
+	$(PYTEST) -m "unit or not ($(SLOW) or $(APART))"
 
 unit: .venv/.installed  ## Tests of one process
 	$(PYTEST) -m unit
 
 parity: .venv/.installed  ## Tests of several processes, but for those below
-	$(PYTEST) -m "parity and not ($(SLOW))"
+	$(PYTEST) -m "parity and not ($(SLOW) or $(APART))"
 
 slow: .venv/.installed  ## The next four at once; a quarter of an hour
-	$(PYTEST) -m "(compositions or engines or pages or recovery) and not (thorough or cluster)"
+	$(PYTEST) -m "($(SLOW)) and not ($(APART))"
 
 compositions: .venv/.installed  ## Plans of two to five axes, on up to 32 ranks; five minutes
 	$(PYTEST) -m "compositions and not engines"
@@ -59,7 +60,7 @@ pages: .venv/.installed  ## Every command that the pages in docs show, and the l
 	$(PYTEST) -m pages
 
 recovery: .venv/.installed  ## Ranks, disks and torchrun's agents that fail; two minutes
-	$(PYTEST) -m "parity and recovery and not (thorough or cluster)"
+	$(PYTEST) -m "parity and recovery and not ($(APART))"
 
 thorough: .venv/.installed  ## Corners of each strategy, plans and faults drawn at random; half an hour
 	$(PYTEST) -m "parity and thorough and not engines" --draws 200

@@ -48,8 +48,7 @@ class Bucket:
         self.params, self.dtype, self.lasting = dict(params), dtype, lasting
         self._partition = partition or by_ranges(params, 1)
         self._flat: Tensor | None = None
-        self._pieces: dict[str, list[Tensor]] = {}  # views of it
-        self._views: dict[str, Tensor] = {}  # the same of parameters that it holds in one piece, in their shape
+        self._places: dict[str, list[Tensor]] = {}  # views of it: rows of each rank flat, ranges as the whole parameter
         self._filled: set[str] = set()
 
     @property
@@ -68,15 +67,14 @@ class Bucket:
         if (grad := param.grad) is None:
             return
         flat, again = self._begin(), name in self._filled
-        if name in self._views:
-            view = self._views[name]
-            (view.add_ if again else view.copy_)(grad)
+        places = self._places[name]
+        if not self._partition.rows:
+            (places[0].add_ if again else places[0].copy_)(grad)
+        elif again:
+            torch._foreach_add_(places, torch.split_with_sizes(grad.reshape(-1), self._partition.lengths[name]))
         else:
-            lengths, grad = self._partition.lengths[name], grad.reshape(-1)
-            if again:
-                torch._foreach_add_(self._pieces[name], torch.split_with_sizes(grad, lengths))
-            else:
-                torch.split_with_sizes_copy(grad.to(flat.dtype), lengths, out=self._pieces[name])
+            flat_grad = grad.reshape(-1).to(flat.dtype)
+            torch.split_with_sizes_copy(flat_grad, self._partition.lengths[name], out=places)
         self._filled.add(name)
         param.grad = None
 
@@ -86,25 +84,25 @@ class Bucket:
             self.collect(name)  # what earlier passes left in a parameter that the last one did not use
         flat = self._begin()
         for name in self.params.keys() - self._filled:
-            torch._foreach_zero_(self._pieces[name])
+            torch._foreach_zero_(self._places[name])
         self._filled.clear()
         if not self.lasting:
-            self._flat, self._pieces, self._views = None, {}, {}
+            self._flat, self._places = None, {}
         return flat
 
     def _begin(self) -> Tensor:
         if self._flat is None:
             first = self.params[self.first]
             self._flat = torch.empty(self.numel, dtype=self.dtype or first.dtype, device=first.device)
-            self._pieces = self._partition.split(self._flat)
+            self._places = self._partition.split(self._flat)
             if not self._partition.rows:
-                self._views = {name: pieces[0].view_as(self.params[name]) for name, pieces in self._pieces.items()}
+                self._places = {name: [piece.view_as(self.params[name])] for name, (piece,) in self._places.items()}
         return self._flat
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Each parameter's part of `flat` [numel], in the parameter's shape and this bucket's order."""
-        if flat is self._flat and self._views:
-            return self._views
+        if flat is self._flat and not self._partition.rows:
+            return {name: place for name, (place,) in self._places.items()}
         parts = torch.split_with_sizes(flat, [p.numel() for p in self.params.values()])
         return {name: part.view_as(p) for (name, p), part in zip(self.params.items(), parts, strict=True)}
 

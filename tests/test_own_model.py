@@ -228,8 +228,6 @@ def test_a_session_of_pytest_ends_with_a_page_about_all_that_it_held_together(
     assert "parity.html: 2 cases: 1 held, 1 mismatch" in done.stdout
     page = (tmp_path / "parity.html").read_text(encoding="utf-8")
     assert all(name in page for name in ("test_mine[classify]", "test_mine[for_each_rank]"))
-    if spread:
-        return
     wrong = run([*command, "--parity-report", "nowhere/parity.html"])
     assert wrong.returncode == 4
     assert "--parity-report nowhere/parity.html: nowhere is not a folder." in wrong.stderr
