@@ -105,19 +105,23 @@ def test_all_has_what_other_modules_import(path: Path) -> None:
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     submodules = {other.stem for other in path.parent.iterdir()} if path.name == "__init__.py" else set()
     others = [other for other in MODULES if other != path and (listed or other.parent != path.parent)]
-    imported = {
-        alias.name
-        for other in others
-        for node in ast.walk(parsed(other))
-        if isinstance(node, ast.ImportFrom) and node.module == module
-        for alias in node.names
-    }
+    imported = {name for other in others for name in imports(other).get(module, ())}
     assert imported - submodules <= set(names)
 
 
 @functools.cache
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def imports(path: Path) -> dict[str | None, set[str]]:
+    """The names that a module imports, by the module that it takes them from."""
+    found: dict[str | None, set[str]] = {}
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ImportFrom):
+            found.setdefault(node.module, set()).update(alias.name for alias in node.names)
+    return found
 
 
 def _assigns(node: ast.stmt, name: str) -> bool:

@@ -79,8 +79,9 @@ def faults(
     if not chosen:
         near = get_close_matches(only, FAULTS, 3, 0.3)
         raise ConfigError(f"--only {only}: no fault has that in its name. There are: {', '.join(near or FAULTS)}.")
-    verdicts = _verify([case for fault in chosen for case in (fault.sick(), fault.clean())])
-    pairs = list(zip(chosen, verdicts.cases[::2], verdicts.cases[1::2], strict=True))
+    cases = list(dict.fromkeys(case for fault in chosen for case in (fault.sick(), fault.clean())))
+    verdict = dict(zip(cases, _verify(cases).cases, strict=True))
+    pairs = [(fault, verdict[fault.sick()], verdict[fault.clean()]) for fault in chosen]
     from sandbox.report.detections import show
 
     show(terminal(), pairs)

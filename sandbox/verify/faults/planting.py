@@ -40,16 +40,18 @@ class Fault:
     engine: str = "native"
 
     def sick(self) -> Case:
-        """The case with the bug."""
-        return replace(self.clean(), prepare=self.plant)
+        """The case with the bug, of its name."""
+        clean = self.clean()
+        name = f"{clean.config.name}, {self.name}"
+        return replace(clean, config=clean.config.model_copy(update={"name": name}), prepare=self.plant)
 
     def caught(self, verdict: Verdict) -> bool:
         """Whether the sick case's verdict is a mismatch of the right kind."""
         return verdict.status == "mismatch" and verdict.cause.split(":")[0] == self.kind
 
     def clean(self) -> Case:
-        """The same case without it."""
-        return alone(self.engine, self.strategy, self.world, self.name, **self.settings)
+        """The same case without it, which is equal for bugs that are planted in the same case."""
+        return alone(self.engine, self.strategy, self.world, "", **self.settings)
 
 
 FAULTS: dict[str, Fault] = {}
