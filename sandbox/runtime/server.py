@@ -100,6 +100,7 @@ def serve(control: int, modules: Iterable[str]) -> NoReturn:
     The byte's files are: the keeper's connection, the board, standard output and error, a connection for each rank.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the ranks as well: Ctrl-C is the launcher's to handle
+    gc.disable()  # it would look at all that is imported, again and again: an eighth of the time
     for name in (*_PRELOAD, *modules, *_own_modules()):
         with suppress(Exception):  # the work that needs it will say so
             importlib.import_module(name)
@@ -107,6 +108,7 @@ def serve(control: int, modules: Iterable[str]) -> NoReturn:
         sys.modules["torch._dynamo.trace_rules"].clear_lru_cache()
     gc.collect()
     gc.freeze()  # or the first collection in each rank would touch, and so copy, every page
+    gc.enable()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps keepers
     with socket.socket(fileno=control) as requests:
         while True:
