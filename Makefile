@@ -89,11 +89,11 @@ clean:  ## Remove .venv, runs and caches
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
+# Compiled afterwards, for pip would use one core; what torch's tests have for a later Python fails.
 .venv/.installed: pyproject.toml
 	@$(PYTHON) $(NEW_ENOUGH) || { echo "Python 3.11 or newer is needed, and $(PYTHON) is not it." \
 		"Name another: make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --editable '.[dev]'
-	# pip would compile with one core. Some of torch's tests are written for a later Python.
 	$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true
 	touch $@
