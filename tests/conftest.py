@@ -12,6 +12,8 @@ from sandbox.runtime import warm
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns, when tests of it are collected, that it is so
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of torch that wait for a core take ten times as long
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a script's background jobs have it, and hand on to theirs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 TIERS = {"unit", "parity"}
 
 
