@@ -90,6 +90,23 @@ def keeper_dies(member: Member) -> None:
     die(member, kill_keeper)
 
 
+def keeper_dies_while_written(member: Member) -> None:
+    """The keeper is killed while rank 0 writes where the ranks meet, as it does for as long as it lives."""
+    if member.rank == 0:
+        while True:
+            for folder in Path(os.environ["TMPDIR"]).glob("sandbox-*"):
+                (folder / str(time.monotonic_ns())).touch()
+    time.sleep(0.1)
+    kill_keeper()
+
+
+class Deadly:
+    """Who unpickles it kills itself: the keeper, before it has said anything."""
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return kill_self, ()
+
+
 def exit_zero() -> None:
     os._exit(0)
 

@@ -3,6 +3,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -218,6 +219,26 @@ def test_nothing_is_left_behind(traced: Traced, name: str, code: int) -> None:
         program.communicate()
     assert program.returncode == code
     assert traced.gone()
+
+
+@linux
+@parity
+@pytest.mark.parametrize(
+    ("run", "args", "line"),
+    [
+        (work.keeper_dies_while_written, (), "the ranks died with their keeper"),
+        (work.ranks_sum, (work.Deadly(),), "the ranks could not be started"),
+    ],
+)
+def test_a_killed_keeper_leaves_no_file(
+    run: Callable[..., object], args: tuple[object, ...], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    for _ in range(5):  # it takes luck to be seen
+        with pytest.raises(WorkerError, match=line):
+            launch(2, run, *args, timeout=20)
+        assert not list(tmp_path.iterdir())
 
 
 @linux

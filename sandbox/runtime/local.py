@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from mmap import mmap
@@ -20,12 +20,13 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from sandbox.errors import MeshError, WorkerError
 from sandbox.runtime.board import Board, outside_torch, size_of
 from sandbox.runtime.desync import desync, hang, uneven
 from sandbox.runtime.failure import Failure, verdict
-from sandbox.runtime.server import MOST_RANKS, Request, Started, stack_file
+from sandbox.runtime.server import MOST_RANKS, Request, stack_file
 
 __all__ = ["launch", "warm"]
 
@@ -71,9 +72,8 @@ def launch(
         raise MeshError(
             f"mesh: {world} ranks, and one machine takes 1 to {MOST_RANKS}. Lower a degree, such as mesh.dp.degree."
         )
-    request = Request(
-        world, pickle.dumps((work, args)), device, timeout, threads, dict(os.environ), sys.path, str(Path.cwd())
-    )
+    job, folder = pickle.dumps((work, args)), Path(tempfile.gettempdir(), f"sandbox-{uuid4().hex}")
+    request = Request(world, job, device, timeout, threads, dict(os.environ), sys.path, Path.cwd(), folder)
     with _world(request) as ranks:
         return _collect(ranks, timeout, on_message or (lambda rank, message: None))
 
@@ -125,7 +125,8 @@ class _Ranks:
     lines: "dict[Connection[Any, Any], int]"
     """Connections of the ranks that have not died."""
     boards: list[Board]
-    started: Started
+    pids: list[int]
+    folder: Path
 
     def hear(self, patience: float) -> Iterator[tuple[str, int, Any]]:
         """What is said within `patience` s: (`message`, `result` or `failure`; rank; value)."""
@@ -147,14 +148,14 @@ class _Ranks:
 
     def places(self) -> dict[int, str]:
         """Ask the ranks where in the work they are: rank -> innermost line that is not torch's."""
-        for pid in self.started.pids:
+        for pid in self.pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)
         time.sleep(0.2)
         places = {}
         for rank in range(len(self.boards)):
             with suppress(FileNotFoundError):  # it did not come so far
-                stack = stack_file(self.started.folder, rank).read_text()
+                stack = stack_file(self.folder, rank).read_text()
                 if own := [frame for frame in _FRAME.findall(stack) if outside_torch(frame[0])]:
                     places[rank] = "{}:{} in {}".format(*own[0])
         return places
@@ -174,20 +175,30 @@ def _world(request: Request) -> Iterator[_Ranks]:
         (keeper, _), *rest = pairs
         _fork([pairs[0][1].fileno(), file.fileno(), 1, 2, *(far.fileno() for _, far in rest)])
         theirs.close()
+        lines = {near: rank for rank, (near, _) in enumerate(rest)}
         try:
-            keeper.send(request)
-            started = keeper.recv()
-        except (EOFError, ConnectionError):
-            raise WorkerError("the ranks could not be started: the process that forks them ended.") from None
-        try:
-            lines = {near: rank for rank, (near, _) in enumerate(rest)}
-            yield _Ranks(keeper, lines, [Board(memory, rank) for rank in lines.values()], started)
+            try:
+                keeper.send(request)
+                pids = keeper.recv()
+            except (EOFError, ConnectionError):
+                raise WorkerError("the ranks could not be started: the process that forks them ended.") from None
+            yield _Ranks(keeper, dict(lines), [Board(memory, rank) for rank in lines.values()], pids, request.folder)
         finally:
             with suppress(EOFError, ConnectionError):
                 keeper.send("end")
                 while True:
                     keeper.recv()  # until it has reaped the ranks and removed their folder
-            shutil.rmtree(started.folder, ignore_errors=True)  # if it was killed instead
+            if request.folder.exists():  # it was killed instead
+                _outwait(lines)
+                shutil.rmtree(request.folder, ignore_errors=True)
+
+
+def _outwait(lines: "Iterable[Connection[Any, Any]]") -> None:
+    """Wait until the ranks, whom the kernel kills after their keeper, are gone: they might still write."""
+    for line in lines:
+        with suppress(EOFError, ConnectionError):
+            while line.poll(5):
+                line.recv_bytes()
 
 
 def _fork(files: Sequence[int]) -> None:

@@ -21,10 +21,10 @@ import importlib
 import os
 import pickle
 import pkgutil
+import shutil
 import signal
 import socket
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -40,7 +40,7 @@ from sandbox.runtime.failure import Failure
 from sandbox.runtime.member import Member, end_with, join, leave
 from sandbox.runtime.parcel import pack
 
-__all__ = ["MOST_RANKS", "Request", "Started", "serve", "stack_file"]
+__all__ = ["MOST_RANKS", "Request", "serve", "stack_file"]
 
 MOST_RANKS = 240
 """The kernel passes up to 253 files at once, and each rank has one."""
@@ -69,7 +69,11 @@ _NOT_OURS = (  # not for ranks, or on demand
 
 @dataclass(frozen=True)
 class Request:
-    """A world to start, as if forked by the launcher. `job` is the pickled work and its arguments; `timeout` in s."""
+    """A world to start, as if forked by the launcher. `job` is the pickled work and its arguments; `timeout` in s.
+
+    The keeper creates and removes `folder`, in which the ranks meet. The launcher names it, so that it can remove it
+    should the keeper be killed.
+    """
 
     world: int
     job: bytes
@@ -78,14 +82,7 @@ class Request:
     threads: int
     environment: dict[str, str]
     path: list[str]
-    folder: str
-
-
-@dataclass(frozen=True)
-class Started:
-    """The keeper's first word: the ranks' process ids, and the folder in which they meet."""
-
-    pids: list[int]
+    cwd: Path
     folder: Path
 
 
@@ -131,17 +128,19 @@ def _keep(files: Sequence[int]) -> NoReturn:
     """Be the keeper of one world, from its request to its end."""
     launcher: Connection[Any, Any] = Connection(files[0])
     try:
-        with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
-            request = launcher.recv()
-            alive = _fork_ranks(request, files, Path(folder))
-            try:
-                launcher.send(Started(list(alive), Path(folder)))
-                _watch(alive, launcher)
-            finally:
-                for pid in alive:
-                    os.kill(pid, signal.SIGKILL)
-                for pid in alive:
-                    os.waitpid(pid, 0)
+        request = launcher.recv()
+        request.folder.mkdir(mode=0o700)
+        alive: dict[int, int] = {}
+        try:
+            _fork_ranks(request, files, alive)
+            launcher.send(list(alive))
+            _watch(alive, launcher)
+        finally:
+            for pid in alive:
+                os.kill(pid, signal.SIGKILL)
+            for pid in alive:
+                os.waitpid(pid, 0)
+            shutil.rmtree(request.folder)
     except (EOFError, ConnectionError):
         pass  # the launcher is gone
     except BaseException:
@@ -150,33 +149,32 @@ def _keep(files: Sequence[int]) -> NoReturn:
         os._exit(0)
 
 
-def _fork_ranks(request: Request, files: Sequence[int], folder: Path) -> dict[int, int]:
-    """Start the ranks; return process id -> rank."""
+def _fork_ranks(request: Request, files: Sequence[int], alive: dict[int, int]) -> None:
+    """Start the ranks; note each in `alive`, process id -> rank."""
     board, out, err, *lines = files[1:]
     os.dup2(out, 1)
     os.dup2(err, 2)
     os.environ.clear()
     os.environ.update(request.environment)
-    os.chdir(request.folder)
+    os.chdir(request.cwd)
     sys.path[:] = request.path
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with suppress(Exception):  # import once what all ranks need; they will say what is wrong with it
         pickle.loads(request.job)
     memory = mmap(board, 0)
-    keeper, alive = os.getpid(), {}
+    keeper = os.getpid()
     for rank, line in enumerate(lines):
         if (pid := os.fork()) == 0:
             try:
                 for file in {*files} - {line}:
                     os.close(file)
                 end_with(keeper)
-                _run(request, rank, Connection(line), Board(memory, rank), folder)
+                _run(request, rank, Connection(line), Board(memory, rank))
             finally:  # only if the launcher is gone, so that there is nobody to tell
                 os._exit(1)
         alive[pid] = rank
     for file in files[1:]:
         os.close(file)
-    return alive
 
 
 def _watch(alive: dict[int, int], launcher: "Connection[Any, Any]") -> None:
@@ -196,18 +194,18 @@ def _watch(alive: dict[int, int], launcher: "Connection[Any, Any]") -> None:
         os.read(bell, 4096)
 
 
-def _run(request: Request, rank: int, launcher: "Connection[Any, Any]", board: Board, folder: Path) -> NoReturn:
+def _run(request: Request, rank: int, launcher: "Connection[Any, Any]", board: Board) -> NoReturn:
     """Be one rank: do the work, hand over its result or failure, and wait for the end."""
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     faulthandler.enable()
-    with stack_file(folder, rank).open("w") as stack:
+    with stack_file(request.folder, rank).open("w") as stack:
         faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
         device = f"cuda:{rank}" if request.device == "cuda" else request.device
         member = Member(rank, request.world, device, board, lambda message: _post(launcher, "message", message))
         try:
             work, args = pickle.loads(request.job)
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-            join(member, timeout=request.timeout, threads=request.threads, place=f"file://{folder}/store")
+            join(member, timeout=request.timeout, threads=request.threads, place=f"file://{request.folder}/store")
             _post(launcher, "result", work(member, *args))
         except BaseException as error:
             _post(launcher, "failure", Failure.of(rank, error, board.read()))
