@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-__all__ = ["Ratio", "command_line", "end", "end_with", "mark", "milliseconds"]
+__all__ = ["Ratio", "command_line", "end", "end_with", "mark", "milliseconds", "tell"]
 
 
 def command_line(about: str, **defaults: Any) -> argparse.ArgumentParser:
@@ -57,14 +57,19 @@ def milliseconds(seconds: Sequence[float], digits: int = 0) -> str:
     return f"{statistics.median(seconds) * 1e3:.{digits}f}"
 
 
-def end_with(
-    what: str, ours: tuple[str, Sequence[float]], theirs: tuple[str, Sequence[float]], bound: float
-) -> NoReturn:
-    """Tell how two times compare, each with its name, and end: with 1 if the ratio is above `bound`."""
+def tell(what: str, ours: tuple[str, Sequence[float]], theirs: tuple[str, Sequence[float]], bound: float) -> bool:
+    """Tell how two times compare, each with its name -> whether the ratio is within `bound`."""
     ratio = Ratio.of(ours[1], theirs[1])
     times = ", ".join(f"{name} {milliseconds(seconds, 1)} ms" for name, seconds in (ours, theirs))
     print(f"{what}: {times}, ratio {ratio.middle:.3f} (quartiles {ratio.quartiles()}; bound {bound})")
-    end(ratio.middle <= bound)
+    return ratio.middle <= bound
+
+
+def end_with(
+    what: str, ours: tuple[str, Sequence[float]], theirs: tuple[str, Sequence[float]], bound: float
+) -> NoReturn:
+    """Tell how two times compare, and end: with 1 if the ratio is above `bound`."""
+    end(tell(what, ours, theirs, bound))
 
 
 def end(good: bool, results: Any = None, file: Path | None = None) -> NoReturn:

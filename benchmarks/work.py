@@ -1,6 +1,7 @@
 """What the ranks of the benchmarks run. In a module of its own, for ranks import it by name."""
 
 import os
+import random
 import time
 from collections.abc import Callable
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sandbox.runtime import Member
+from sandbox.runtime.member import keep_core
 
 if TYPE_CHECKING:
     from sandbox.trainer import Trainer
@@ -77,14 +79,19 @@ def race(member: Member, racers: dict[str, dict[str, Any]], common: dict[str, An
 
 def race_interrupting(member: Member, *job: Any) -> dict[str, Measured]:
     """`race`, where threads interrupt one another as they wake up: Linux's default, and not that of our ranks."""
-    schedule(os.SCHED_OTHER)
+    each_thread(interrupt)
     return race(member, *job)
 
 
-def schedule(policy: int) -> None:
-    """How Linux is to schedule all threads of this process, and those that they start."""
+def each_thread(schedule: Callable[[int], None]) -> None:
+    """Schedule all threads of this process, and so those that they start."""
     for thread in Path("/proc/self/task").iterdir():
-        os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
+        schedule(int(thread.name))
+
+
+def interrupt(thread: int) -> None:
+    """Have a thread interrupt others as it wakes up, as Linux does by default."""
+    os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
 
 
 def take_turns(steps: list[Callable[[], object]], rounds: int) -> list[list[float]]:
@@ -94,8 +101,8 @@ def take_turns(steps: list[Callable[[], object]], rounds: int) -> list[list[floa
 
     times: list[list[float]] = [[] for _ in steps]
     for round_ in range(rounds + 3):
-        order = range(len(steps)) if round_ % 2 else reversed(range(len(steps)))
-        for number in order:
+        # any order, the same on all ranks: what a step takes depends on the memory that the one before it left
+        for number in random.Random(round_).sample(range(len(steps)), len(steps)):
             dist.barrier()
             start = time.perf_counter()
             steps[number]()
@@ -205,7 +212,7 @@ def _look(member: Member) -> float:
     return took / looks
 
 
-def turns_and_none(member: Member, calls: int, rounds: int) -> list[list[float]]:
+def exchanges_in_turns(member: Member, calls: int, rounds: int) -> list[list[float]]:
     """Small exchanges among ranks whose threads take turns, as they are started, and whose threads do not."""
     import torch
 
@@ -215,9 +222,23 @@ def turns_and_none(member: Member, calls: int, rounds: int) -> list[list[float]]
     axis = Mesh({"dp": member.world}, member.rank, member.device).axis("dp")
     flat, sizes = torch.ones(4 * member.world), [4] * member.world
 
-    def exchange(policy: int) -> None:
-        schedule(policy)
+    def exchange(schedule: Callable[[int], None]) -> None:
+        each_thread(schedule)
         for _ in range(calls):
             all_to_all(flat, sizes, torch.empty_like(flat), sizes, axis).wait()
 
-    return take_turns([partial(exchange, os.SCHED_BATCH), partial(exchange, os.SCHED_OTHER)], rounds)
+    return take_turns([partial(exchange, keep_core), partial(exchange, interrupt)], rounds)
+
+
+def steps_in_turns(member: Member, rows: int, rounds: int) -> list[list[float]]:
+    """Steps of fsdp among ranks whose threads take long turns, as they are started, and the kernel's own."""
+    dp = {"degree": member.world, "strategy": "fsdp"}
+    trainer = trainer_of(
+        member, {"mesh": {"dp": dp}, "model": MODEL, "data": DATA, "train": {"batch": rows * member.world}}
+    )
+
+    def step(schedule: Callable[[int], None]) -> None:
+        each_thread(schedule)
+        trainer.train_step()
+
+    return take_turns([partial(step, keep_core), partial(step, partial(keep_core, turn=0))], rounds)

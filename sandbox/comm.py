@@ -195,8 +195,8 @@ def pass_on(tensor: Tensor, landing: Tensor, axis: Axis) -> Pending:
         give = dist.P2POp(dist.isend, tensor, group=axis.group, group_peer=target)
         take = dist.P2POp(dist.irecv, landing, group=axis.group, group_peer=source)
         return Pending(axis, event, dist.batch_isend_irecv([give, take]), lambda: landing)
-    receiving = _work(dist.irecv(landing, group=axis.group, group_src=source, tag=5))
     sending = _work(dist.isend(tensor, group=axis.group, group_dst=target, tag=5))
+    receiving = _work(dist.irecv(landing, group=axis.group, group_src=source, tag=5))
     return Pending(axis, event, (receiving, sending), lambda: landing)
 
 
@@ -218,14 +218,20 @@ def receive(landing: Tensor, axis: Axis, source: int, tag: int, op: str = "recei
 
 
 def _exchange(outgoing: Sequence[Tensor], incoming: Sequence[Tensor], axis: Axis, tag: int) -> list[dist.Work]:
-    """Send `outgoing[r]` to every other rank r of the axis, receive `incoming[r]` from it."""
+    """Send `outgoing[r]` to every other rank r of the axis, receive `incoming[r]` from it.
+
+    All sends come first. To a rank that waits for it gloo sends at once, and holds the connection's lock meanwhile: if
+    that rank could send here already, gloo's thread would ask for the lock without a pause until all is sent.
+    """
     works = []
     for step in range(1, axis.size):  # each step is a permutation of the ranks, so no rank is everyone's target
-        source, target = (axis.rank - step) % axis.size, (axis.rank + step) % axis.size
-        if incoming[source].numel():
-            works.append(_work(dist.irecv(incoming[source], group=axis.group, group_src=source, tag=tag)))
+        target = (axis.rank + step) % axis.size
         if outgoing[target].numel():
             works.append(_work(dist.isend(outgoing[target], group=axis.group, group_dst=target, tag=tag)))
+    for step in range(1, axis.size):
+        source = (axis.rank - step) % axis.size
+        if incoming[source].numel():
+            works.append(_work(dist.irecv(incoming[source], group=axis.group, group_src=source, tag=tag)))
     return works
 
 

@@ -99,20 +99,37 @@ def following(units: list[Unit], config: Config) -> list[Collection[str]]:
     return [() if unit.name == "root" else names for unit, names in zip(units, after, strict=True)]
 
 
+class Landing:
+    """Memory in which rows arrive, of one unit after another: in new memory the kernel would clear pages first."""
+
+    def __init__(self) -> None:
+        self._free: Tensor | None = None
+
+    def take(self, numel: int, like: Tensor) -> Tensor:
+        """A flat tensor of at least `numel` elements, to `give` back: new if the last is not back, or too small."""
+        flat, self._free = self._free, None
+        return flat if flat is not None and flat.numel() >= numel else like.new_empty(numel)
+
+    def give(self, flat: Tensor) -> None:
+        """Return what was taken."""
+        self._free = flat
+
+
 class Shard:
     """A unit's parameters: this rank's part for good, all of them while they are in use."""
 
     def __init__(
-        self, unit: Unit, cut: Cut, axis: Axis, program: Program, compute: torch.dtype, dtype: torch.dtype
+        self, unit: Unit, cut: Cut, axis: Axis, landing: Landing, program: Program, dtype: torch.dtype
     ) -> None:
         self.partition = cut(unit.params, axis.size)
-        self.sizes, self.axis = self.partition.sizes, axis
+        self.sizes, self.axis, self.landing = self.partition.sizes, axis, landing
         own = []
         for name, (start, stop) in self.partition.spans[axis.rank].items():
             local = program.layout[name].take(program.initial(name))  # one parameter whole at a time
             own.append(local.reshape(-1)[start:stop].clone())
         self.part = torch.cat(own)
         self.pieces = {name: nn.Parameter(piece) for name, piece in self.partition.pieces(self.part, axis.rank).items()}
+        compute = cast(torch.dtype, program.model.dtype)
         self.whole = torch.empty(sum(self.sizes), dtype=compute, device=self.part.device)
         params = {name: nn.Parameter(view) for name, view in Bucket(unit.params).views(self.whole).items()}
         self.bucket = Bucket(params, self.partition, dtype)
@@ -120,7 +137,7 @@ class Shard:
         for param in params.values():
             param.grad_dtype = dtype
         self._bytes = self.whole.untyped_storage().nbytes()
-        self._pending: Pending | None = None
+        self._pending: tuple[Pending, Tensor] | None = None
         self.is_whole = True
         self.free()
 
@@ -128,23 +145,24 @@ class Shard:
         """Start to gather, if there is anything to do."""
         if self.is_whole or self._pending:
             return
-        if self.partition.rows:
-            landing = torch.empty(sum(self.sizes), dtype=self.whole.dtype, device=self.whole.device)
-        else:
-            landing = self._grown()
+        numel = sum(self.sizes)
+        landing = self.landing.take(numel, self.whole) if self.partition.rows else self._grown()
+        flat = landing[:numel]
         with torch.no_grad(), unchanged_version(self.whole):
-            own_part(landing, self.sizes, self.axis).copy_(self.part)
-        self._pending = all_gather(landing, self.sizes, self.axis)
+            own_part(flat, self.sizes, self.axis).copy_(self.part)
+        self._pending = all_gather(flat, self.sizes, self.axis), landing
 
     def use(self) -> None:
         """Wait until the parameters are whole."""
         self.start()
         if self._pending:
-            landed, self._pending = self._pending.wait(), None
+            (pending, landing), self._pending = self._pending, None
+            landed = pending.wait()
             if self.partition.rows:
                 self._grown()
                 with torch.no_grad(), unchanged_version(self.whole):
                     self.partition.unflatten(landed, self._homes)
+                self.landing.give(landing)
             self.is_whole = True
 
     def _grown(self) -> Tensor:
@@ -156,6 +174,15 @@ class Shard:
         if self.is_whole:
             self.whole.untyped_storage().resize_(0)
             self.is_whole = False
+
+
+def cut_shards(units: list[Unit], cut: Cut, over: Over, program: Program, dtype: torch.dtype) -> list[list[Shard]]:
+    """By unit, the shards of its parts; those over the same ranks, of which one at a time arrives, share a landing."""
+    landings = defaultdict[tuple[str, ...], Landing](Landing)
+    return [
+        [Shard(part, cut, axis, landings[axis.names], program, dtype) for part, axis in parts(unit, over)]
+        for unit in units
+    ]
 
 
 def gather_on_use(
@@ -170,7 +197,7 @@ def gather_on_use(
     compute = cast(torch.dtype, program.model.dtype)
     reshard_after_forward &= program.config.mesh.pp.degree == 1  # a pipeline would gather anew for each microbatch
     dtype = torch.promote_types(compute, torch.float32) if adds_up(program.config, each=each) else compute
-    of_unit = [[Shard(part, cut, axis, program, compute, dtype) for part, axis in parts(unit, over)] for unit in units]
+    of_unit = cut_shards(units, cut, over, program, dtype)
     shards = [shard for some in of_unit for shard in some]
     home = [number for number, some in enumerate(of_unit) for _ in some]
     replace_parameters(program.model, {name: p for shard in shards for name, p in shard.bucket.params.items()})

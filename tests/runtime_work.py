@@ -32,6 +32,10 @@ def surroundings(member: Member) -> tuple[str | None, str, int, bool]:
     return os.environ.get("RUNTIME_TEST"), str(Path.cwd()), torch.get_num_threads(), dist.is_initialized()
 
 
+def scheduling(member: Member) -> tuple[int, str]:
+    return os.sched_getscheduler(0), Path("/proc/self/sched").read_text()
+
+
 def calls_in_this_process(member: Member) -> int:
     seen.append(member.rank)
     return len(seen)

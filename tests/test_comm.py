@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import world
 from torch import Tensor
 
@@ -143,3 +144,20 @@ def test_an_all_reduce_sends_what_a_reduce_scatter_and_an_all_gather_send(ranks:
     whole = sum(sizes)
     both = sum((whole - own) + (ranks - 1) * own for own in sizes)
     assert ring_bytes(whole, ranks) * ranks == pytest.approx(both)
+
+
+@pytest.mark.unit
+def test_all_is_sent_before_anything_may_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    for name in ("isend", "irecv"):
+        monkeypatch.setattr(dist, name, lambda *args, name=name, **kwargs: asked.append(name) or Done())
+    axis = Axis(("dp",), 4, 1)
+    all_gather(torch.zeros(8), [2, 2, 2, 2], axis)
+    assert asked == ["isend"] * 3 + ["irecv"] * 3
+
+
+class Done:
+    """Work that is over."""
+
+    def wait(self) -> bool:
+        return True

@@ -1,4 +1,5 @@
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -109,6 +110,17 @@ def test_ranks_live_in_the_callers_surroundings(tmp_path: Path, monkeypatch: pyt
     assert launch(1, work.surroundings, timeout=20) == [("here", str(tmp_path), 1, False)]
     assert launch(1, work.surroundings, timeout=20, threads=2) == [("here", str(tmp_path), 2, False)]
     assert launch(2, work.surroundings, timeout=20)[1] == ("here", str(tmp_path), 1, True)
+
+
+@linux
+@parity
+@pytest.mark.skipif(not Path("/proc/self/sched").exists(), reason="this kernel does not tell how it schedules")
+def test_ranks_interrupt_nobody_and_take_long_turns() -> None:
+    new = [int(number) for number in platform.release().split(".")[:2]] >= [6, 12]
+    for policy, about in launch(2, work.scheduling, timeout=20):
+        assert policy == os.SCHED_BATCH
+        turns = re.search(r"se\.slice +: +(\d+)", about)
+        assert not new or (turns and int(turns[1]) == 100_000_000)
 
 
 @parity

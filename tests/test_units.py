@@ -9,7 +9,7 @@ import world
 from sandbox.config import Model
 from sandbox.model import build
 from sandbox.runtime import launch
-from sandbox.units import cut_units
+from sandbox.units import Landing, cut_units
 
 BLOCKS = ["blocks.0", "blocks.1", "blocks.2"]
 
@@ -34,6 +34,18 @@ def test_every_parameter_is_in_exactly_one_unit(tied: bool) -> None:
     model = build(Model(layers=3, tied=tied, bias=True, norm="layer", qk_norm=True), "float32")
     names = [name for unit in cut_units(model) for name in unit.params]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+
+
+@pytest.mark.unit
+def test_units_land_in_the_same_memory_but_not_in_that_of_one_under_way() -> None:
+    landing, like = Landing(), torch.zeros(1)
+    first = landing.take(8, like)
+    second = landing.take(8, like)
+    assert second.data_ptr() != first.data_ptr(), "the first is not back"
+    landing.give(first)
+    assert landing.take(4, like) is first
+    landing.give(first)
+    assert landing.take(9, like).numel() == 9, "the first is too small"
 
 
 @pytest.mark.unit

@@ -2,7 +2,9 @@
 
 import ctypes
 import os
+import platform
 import signal
+import struct
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,7 +15,10 @@ from typing import Any, NoReturn
 from sandbox.errors import MeshError
 from sandbox.runtime.board import Board
 
-__all__ = ["Member", "end_with", "join", "leave"]
+__all__ = ["Member", "end_with", "join", "keep_core", "leave"]
+
+_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
+"""The number by which the kernel is asked for what libc has no function for."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def join(member: Member, *, timeout: float, threads: int, place: str = "env://")
             raise MeshError(f"rank {member.rank} has no GPU: this machine has {torch.cuda.device_count()}.")
         torch.cuda.set_device(device)
     else:
-        _take_turns()
+        keep_core()
     if member.world == 1:
         return None
     member.board.enter(0, "init_process_group", "world")
@@ -67,15 +72,22 @@ def join(member: Member, *, timeout: float, threads: int, place: str = "env://")
     return store
 
 
-def _take_turns() -> None:
-    """Have this thread, and those that it starts, not interrupt others as it wakes up, where the kernel can do that.
+def keep_core(thread: int = 0, turn: float = 0.1) -> None:
+    """Have a thread, and those that it starts, keep the core until it waits, or for `turn` s, where the kernel can.
 
     Where ranks outnumber cores, each message of gloo wakes a thread, which would take the core from the one that is
-    about to send the next: among four ranks on two cores a small collective then takes four times as long.
+    about to send the next: among four ranks on two cores a small collective then takes four times as long. And while
+    one that holds the lock of a connection is off the core, gloo's own thread asks for that lock without a pause: with
+    turns of 0.1 s, the kernel's most, instead of some ms, a step takes 3 to 5 % less.
     """
-    if hasattr(os, "SCHED_BATCH"):
-        with suppress(OSError):  # in a sandbox that forbids it
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    if not hasattr(os, "SCHED_BATCH"):
+        return
+    with suppress(OSError):  # in a sandbox that forbids it
+        os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+    if number := _SCHED_SETATTR.get(platform.machine()):
+        nice = os.getpriority(os.PRIO_PROCESS, thread)
+        attributes = struct.pack("=IIQiIQQQ", 48, os.SCHED_BATCH, 0, nice, 0, round(turn * 1e9), 0, 0)
+        ctypes.CDLL(None).syscall(number, thread, attributes, 0)  # before Linux 6.12 the length of turns is ignored
 
 
 def end_with(parent: int) -> None:
