@@ -195,9 +195,8 @@ def pass_on(tensor: Tensor, landing: Tensor, axis: Axis) -> Pending:
         give = dist.P2POp(dist.isend, tensor, group=axis.group, group_peer=target)
         take = dist.P2POp(dist.irecv, landing, group=axis.group, group_peer=source)
         return Pending(axis, event, dist.batch_isend_irecv([give, take]), lambda: landing)
-    sending = _work(dist.isend(tensor, group=axis.group, group_dst=target, tag=5))
-    receiving = _work(dist.irecv(landing, group=axis.group, group_src=source, tag=5))
-    return Pending(axis, event, (receiving, sending), lambda: landing)
+    sending = _isend(tensor, axis, target, tag=5)  # before receiving, as in _exchange
+    return Pending(axis, event, (_irecv(landing, axis, source, tag=5), sending), lambda: landing)
 
 
 def send(tensor: Tensor, axis: Axis, to: int, tag: int, op: str = "send") -> Pending:
@@ -206,15 +205,13 @@ def send(tensor: Tensor, axis: Axis, to: int, tag: int, op: str = "send") -> Pen
     On gloo ranks may ask for messages in any order. NCCL knows no tags: there the order must be the same on both ends.
     """
     event = axis.recorder.launch(op, axis.name, _bytes(tensor), tensor)
-    work = _work(dist.isend(tensor, group=axis.group, group_dst=to, tag=FIRST_TAG + tag))
-    return Pending(axis, event, (work,), lambda: tensor)
+    return Pending(axis, event, (_isend(tensor, axis, to, FIRST_TAG + tag),), lambda: tensor)
 
 
 def receive(landing: Tensor, axis: Axis, source: int, tag: int, op: str = "receive") -> Pending:
     """Fill `landing` with what rank `source` of the axis sends under that tag."""
     event = axis.recorder.launch(op, axis.name, 0, landing)
-    work = _work(dist.irecv(landing, group=axis.group, group_src=source, tag=FIRST_TAG + tag))
-    return Pending(axis, event, (work,), lambda: landing)
+    return Pending(axis, event, (_irecv(landing, axis, source, FIRST_TAG + tag),), lambda: landing)
 
 
 def _exchange(outgoing: Sequence[Tensor], incoming: Sequence[Tensor], axis: Axis, tag: int) -> list[dist.Work]:
@@ -227,12 +224,25 @@ def _exchange(outgoing: Sequence[Tensor], incoming: Sequence[Tensor], axis: Axis
     for step in range(1, axis.size):  # each step is a permutation of the ranks, so no rank is everyone's target
         target = (axis.rank + step) % axis.size
         if outgoing[target].numel():
-            works.append(_work(dist.isend(outgoing[target], group=axis.group, group_dst=target, tag=tag)))
+            works.append(_isend(outgoing[target], axis, target, tag))
     for step in range(1, axis.size):
         source = (axis.rank - step) % axis.size
         if incoming[source].numel():
-            works.append(_work(dist.irecv(incoming[source], group=axis.group, group_src=source, tag=tag)))
+            works.append(_irecv(incoming[source], axis, source, tag))
     return works
+
+
+# The group's own methods: dist.isend and dist.irecv spend as long again on looking up and checking what is known here.
+
+
+def _isend(tensor: Tensor, axis: Axis, to: int, tag: int) -> dist.Work:
+    assert axis.group is not None, "on paper nothing is sent"
+    return axis.group.send([tensor], to, tag)
+
+
+def _irecv(landing: Tensor, axis: Axis, source: int, tag: int) -> dist.Work:
+    assert axis.group is not None, "on paper nothing is sent"
+    return axis.group.recv([landing], source, tag)
 
 
 def _work(work: dist.Work | None) -> dist.Work:

@@ -6,8 +6,9 @@ from dataclasses import replace
 from functools import cached_property
 from typing import cast
 
+import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from sandbox.comm import Axis
 from sandbox.errors import MeshError
@@ -34,8 +35,8 @@ class Mesh:
                 f"the mesh has {self.world} ranks ({' x '.join(f'{k} {v}' for k, v in self._wide.items())}), "
                 f"but {dist.get_world_size()} were started. Start {self.world}, or change a degree."
             )
-        if len(self._wide) > 1:
-            _ = self.device_mesh  # made by all ranks at once, for it makes groups; of one axis it makes none
+        for name in self._wide:
+            self.axis(name)  # makes its group, in one order on all ranks
 
     @property
     def _wide(self) -> dict[str, int]:
@@ -46,7 +47,9 @@ class Mesh:
         """The same as torch's device mesh, of the axes of degree > 1; None on paper."""
         if self._device is None:
             return None
-        return init_device_mesh(self._device, tuple(self._wide.values()), mesh_dim_names=tuple(self._wide))
+        groups = [cast(dist.ProcessGroup, self.axis(name).group) for name in self._wide]
+        ranks = torch.arange(self.world).view(*self._wide.values())
+        return DeviceMesh.from_group(groups, self._device, ranks, mesh_dim_names=tuple(self._wide))
 
     def axis(self, *names: str) -> Axis:
         """The axis of that name; of several names, all of them flattened into one, the first outermost."""
@@ -63,7 +66,7 @@ class Mesh:
         group = None
         if whole.group is not None and stop - start > 1:
             ranks = dist.get_process_group_ranks(whole.group)[start:stop]
-            group = cast(dist.ProcessGroup, dist.new_group(ranks, use_local_synchronization=True))
+            group = _new_group(ranks)
         return replace(whole, size=stop - start, rank=whole.rank - start, group=group)
 
     @property
@@ -88,19 +91,27 @@ class Mesh:
         return part if part.ndim == 1 else part._flatten("dp")
 
     def _make(self, wide: tuple[str, ...], names: tuple[str, ...]) -> Axis:
-        size = math.prod(self.degrees[name] for name in wide)
         rank = 0
         for name in wide:
             rank = rank * self.degrees[name] + self._coordinate(name)
-        group = None
-        if self._device and size == self.world:
-            group = dist.group.WORLD
-        elif size > 1 and self.device_mesh is not None:
-            part = self.device_mesh[wide] if len(wide) == 1 else self.device_mesh[wide]._flatten("_".join(wide))
-            group = part.get_group()
+        size = math.prod(self.degrees[name] for name in wide)
+        group = self._group(wide) if self._device and wide else None
         return Axis(wide or names[:1], size, rank, group, self.recorder)
+
+    def _group(self, wide: tuple[str, ...]) -> dist.ProcessGroup:
+        """The ranks that differ from this one along those axes only."""
+        place = [slice(None) if name in wide else self._coordinate(name) for name in self.degrees]
+        ranks = torch.arange(self.world).view(*self.degrees.values())[tuple(place)].flatten().tolist()
+        if len(ranks) == self.world:
+            return cast(dist.ProcessGroup, dist.group.WORLD)
+        return _new_group(ranks)
 
     def _coordinate(self, name: str) -> int:
         names = list(self.degrees)
         inner = math.prod(self.degrees[other] for other in names[names.index(name) + 1 :])
         return self.rank // inner % self.degrees[name]
+
+
+def _new_group(ranks: list[int]) -> dist.ProcessGroup:
+    """A group of those ranks. They alone wait for each other: torch's own device mesh has the world wait for each."""
+    return cast(dist.ProcessGroup, dist.new_group(ranks, use_local_synchronization=True))

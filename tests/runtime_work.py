@@ -32,6 +32,12 @@ def surroundings(member: Member) -> tuple[str | None, str, int, bool]:
     return os.environ.get("RUNTIME_TEST"), str(Path.cwd()), torch.get_num_threads(), dist.is_initialized()
 
 
+def spread_of_memory(member: Member | None = None) -> int:
+    """Bytes from the first to the last of a thousand small things."""
+    places = [id(thing) for thing in [bytes(200) for _ in range(1000)]]
+    return max(places) - min(places)
+
+
 def scheduling(member: Member) -> tuple[int, str]:
     return os.sched_getscheduler(0), Path("/proc/self/sched").read_text()
 

@@ -21,6 +21,7 @@ from sandbox.runtime.failure import Failure, verdict
 parity = pytest.mark.parity
 unit = pytest.mark.unit
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+glibc = pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="memory is handed out by another libc")
 PROGRAM = Path(work.__file__)
 
 
@@ -121,6 +122,28 @@ def test_ranks_interrupt_nobody_and_take_long_turns() -> None:
         assert policy == os.SCHED_BATCH
         turns = re.search(r"se\.slice +: +(\d+)", about)
         assert not new or (turns and int(turns[1]) == 100_000_000)
+
+
+@glibc
+@parity
+def test_the_memory_of_a_rank_lies_in_one_piece() -> None:
+    """Strewn among what the imports left, over 200 MB, it costs a copy of each page."""
+    assert max(launch(2, work.spread_of_memory, timeout=20)) < 2**20
+
+
+@glibc
+@unit
+@pytest.mark.parametrize("filled", [True, False])
+def test_memory_comes_from_holes_unless_they_are_filled(filled: bool) -> None:
+    code = (
+        "from sandbox.runtime.server import fill_holes; from runtime_work import spread_of_memory\n"
+        "kept = [bytes(200) for _ in range(40_000)]; del kept[::40]\n"
+        f"if {filled}: fill_holes()\n"
+        "print(spread_of_memory())"
+    )
+    env = {**os.environ, "PYTHONMALLOC": "malloc", "PYTHONPATH": str(Path(__file__).parent)}
+    spread = int(subprocess.check_output([sys.executable, "-c", code], env=env))
+    assert (spread < 2**20) is filled
 
 
 @parity

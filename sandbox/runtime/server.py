@@ -15,6 +15,7 @@ Why not multiprocessing's own forkserver: its workers re-import `__main__`, keep
 the first call, and outlive a launcher that is killed.
 """
 
+import ctypes
 import faulthandler
 import gc
 import importlib
@@ -106,6 +107,7 @@ def serve(control: int, modules: Iterable[str]) -> NoReturn:
     gc.collect()
     gc.freeze()  # or the first collection in each rank would touch, and so copy, every page
     gc.enable()
+    fill_holes()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps keepers
     with socket.socket(fileno=control) as requests:
         while True:
@@ -122,6 +124,27 @@ def serve(control: int, modules: Iterable[str]) -> NoReturn:
 def _own_modules() -> list[str]:
     found = pkgutil.walk_packages(sandbox.__path__, "sandbox.", onerror=lambda name: None)
     return [module.name for module in found if not module.name.startswith(_NOT_OURS)]
+
+
+def fill_holes() -> None:
+    """Take, for good, the memory that lies free between other memory, where the allocator is glibc's.
+
+    What ranks allocate then lies in one piece behind all that the imports left. In the holes, which lie all over it,
+    each rank would have the kernel copy thousands of pages: a fifth of the time of a small world.
+    """
+    if "CS_GNU_LIBC_VERSION" not in os.confstr_names:
+        return
+    libc = ctypes.CDLL(None)
+    malloc, sbrk = libc.malloc, libc.sbrk
+    malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    sbrk.argtypes, sbrk.restype = [ctypes.c_ssize_t], ctypes.c_void_p
+    end, behind = sbrk(0), 0
+    left = 2**27  # bytes, should another allocator stand in for glibc's
+    while left > 0 and sbrk(0) == end:  # larger holes, then what is left behind them all
+        behind, left = malloc(100_000), left - 100_000
+    for size in (*(2**exponent for exponent in range(16, 7, -1)), *range(128, 0, -16)):
+        while left > 0 and malloc(size) < behind:
+            left -= size
 
 
 def _keep(files: Sequence[int]) -> NoReturn:
