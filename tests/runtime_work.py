@@ -1,5 +1,6 @@
 """What the ranks of test_runtime.py do. As a program: a launcher to interrupt and kill, or a rank under torchrun."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -36,6 +37,15 @@ def spread_of_memory(member: Member | None = None) -> int:
     """Bytes from the first to the last of a thousand small things."""
     places = [id(thing) for thing in [bytes(200) for _ in range(1000)]]
     return max(places) - min(places)
+
+
+def is_mapped(member: Member | None = None) -> bool:
+    """Whether 16 MiB come from the kernel and go back to it, instead of being kept for who asks next."""
+    import torch
+
+    sbrk = ctypes.CDLL(None).sbrk
+    sbrk.restype = ctypes.c_void_p
+    return bool(torch.empty(2**24, dtype=torch.uint8).data_ptr() > sbrk(0))
 
 
 def scheduling(member: Member) -> tuple[int, str]:

@@ -146,6 +146,25 @@ def test_memory_comes_from_holes_unless_they_are_filled(filled: bool) -> None:
     assert (spread < 2**20) is filled
 
 
+@glibc
+@parity
+def test_ranks_keep_the_memory_that_is_freed() -> None:
+    assert not any(launch(2, work.is_mapped, timeout=20))
+
+
+@glibc
+@unit
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_goes_back_to_the_kernel_unless_it_is_kept(kept: bool) -> None:
+    code = (
+        "from sandbox.runtime.member import keep_memory; from runtime_work import is_mapped\n"
+        f"if {kept}: keep_memory()\n"
+        "print(is_mapped())"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True) == f"{not kept}\n"
+
+
 @parity
 def test_no_process_serves_two_worlds() -> None:
     assert [launch(1, work.calls_in_this_process, timeout=20) for _ in range(2)] == [[1], [1]]
