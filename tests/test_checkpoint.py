@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from io import BufferedReader, BufferedWriter
+from enum import Enum
+from io import BufferedReader, BufferedWriter, BytesIO
 from pathlib import Path
 from struct import pack
 from typing import Any
@@ -24,7 +25,7 @@ from fuzz import seal
 
 from sandbox import checkpoint
 from sandbox.checkpoint import folder as folders
-from sandbox.checkpoint import resume, saver, state, whole
+from sandbox.checkpoint import resume, saver, state, storage, whole
 from sandbox.checkpoint.watched import Watched
 from sandbox.errors import CheckpointError, WorkerError
 from sandbox.runtime import launch
@@ -438,6 +439,36 @@ class Hostile:
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(self.mark),)
+
+
+class ByName(pickle._Pickler):
+    """Asks for an enumeration's members by name, as Python 3.11.0 to 3.11.3 do; or for another thing in their place."""
+
+    other: tuple[object, str] | None = None
+
+    def reducer_override(self, value: object) -> Any:
+        return (getattr, self.other or (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+@unit
+def test_an_index_that_another_python_wrote_is_read(saved: Path) -> None:
+    before = storage.index(saved)
+    written = BytesIO()
+    ByName(written).dump(pickle.loads((saved / ".metadata").read_bytes()))
+    assert b"getattr" in written.getvalue()
+    (saved / ".metadata").write_bytes(written.getvalue())
+    assert storage.index(saved) == before
+
+
+@unit
+def test_an_index_may_ask_for_nothing_else_by_name(saved: Path) -> None:
+    written = BytesIO()
+    pickler = ByName(written)
+    pickler.other = (torch.Size, "numel")
+    pickler.dump(pickle.loads((saved / ".metadata").read_bytes()))
+    (saved / ".metadata").write_bytes(written.getvalue())
+    with pytest.raises(CheckpointError, match=r"it asks for numel of"):
+        storage.index(saved)
 
 
 @unit

@@ -261,6 +261,13 @@ class _Unpickler(pickle._Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no index needs")
 
 
+def _member(kind: Any, name: str) -> Any:
+    """A member of the one enumeration in an index, as Python 3.11.0 to 3.11.3 ask for it."""
+    if kind is metadata._MEM_FORMAT_ENCODING:
+        return metadata._MEM_FORMAT_ENCODING[name]
+    raise pickle.UnpicklingError(f"it asks for {name} of {kind!r}, which no index needs")
+
+
 _INDEX: dict[tuple[str, str], Any] = {
     **{
         (metadata.__name__, name): getattr(metadata, name)
@@ -269,6 +276,7 @@ _INDEX: dict[tuple[str, str], Any] = {
             "_MEM_FORMAT_ENCODING",
         )
     },
+    ("builtins", "getattr"): _member,
     (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,

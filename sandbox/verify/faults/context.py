@@ -10,14 +10,23 @@ from torch import Tensor
 from sandbox import blockwise
 from sandbox.batch import IGNORED, Batch
 from sandbox.blockwise import Backward, Forward, Tile
+from sandbox.data import Corpus
 from sandbox.model import attention, dropout
 from sandbox.ring import Ring
 from sandbox.strategies import context
 from sandbox.trainer import Trainer
+from sandbox.verify.cases import DATA, TRAIN
 from sandbox.verify.faults.planting import change, change_loss, fault, patch
 
-SEED = 8
-"""Of the seeds whose first step holds a row with two documents."""
+
+def _first_seed() -> int:
+    """The first seed by which a loss of the first step is of a row's second document: texts differ between Pythons."""
+    corpus = Corpus.load(DATA.model_copy(update={"mask": "ragged"}))
+    batches = ((seed, corpus.batch(0, seed=seed, rows=TRAIN.batch)) for seed in itertools.count())
+    return next(seed for seed, batch in batches if ((batch.documents > 0) & (batch.targets != IGNORED)).any())
+
+
+SEED = _first_seed()
 
 
 @fault(6, "NVIDIA/Megatron-LM/issues/906", "scale", "context", 4)
