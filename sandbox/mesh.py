@@ -113,5 +113,8 @@ class Mesh:
 
 
 def _new_group(ranks: list[int]) -> dist.ProcessGroup:
-    """A group of those ranks. They alone wait for each other: torch's own device mesh has the world wait for each."""
+    """A group of those ranks, for which they alone ask: torch's own device mesh has every rank ask for every group.
+
+    NCCL splits the world's communicator, so there all ranks must ask at the same time, each for a group that it is in.
+    """
     return cast(dist.ProcessGroup, dist.new_group(ranks, use_local_synchronization=True))
