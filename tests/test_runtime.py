@@ -124,6 +124,12 @@ def test_ranks_interrupt_nobody_and_take_long_turns() -> None:
         assert not new or (turns and int(turns[1]) == 100_000_000)
 
 
+def printed(*lines: str) -> str:
+    """What these lines print in a fresh process whose memory comes from malloc, as in the one that forks ranks."""
+    env = {**os.environ, "PYTHONMALLOC": "malloc", "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.check_output([sys.executable, "-c", "\n".join(lines)], env=env, text=True)
+
+
 @glibc
 @parity
 def test_the_memory_of_a_rank_lies_in_one_piece() -> None:
@@ -135,15 +141,13 @@ def test_the_memory_of_a_rank_lies_in_one_piece() -> None:
 @unit
 @pytest.mark.parametrize("filled", [True, False])
 def test_memory_comes_from_holes_unless_they_are_filled(filled: bool) -> None:
-    code = (
-        "from sandbox.runtime.server import fill_holes; from runtime_work import spread_of_memory\n"
-        "kept = [bytes(200) for _ in range(40_000)]; del kept[::40]\n"
-        f"if {filled}: fill_holes()\n"
-        "print(spread_of_memory())"
+    spread = printed(
+        "from sandbox.runtime.server import fill_holes; from runtime_work import spread_of_memory",
+        "kept = [bytes(200) for _ in range(40_000)]; del kept[::40]",
+        f"if {filled}: fill_holes()",
+        "print(spread_of_memory())",
     )
-    env = {**os.environ, "PYTHONMALLOC": "malloc", "PYTHONPATH": str(Path(__file__).parent)}
-    spread = int(subprocess.check_output([sys.executable, "-c", code], env=env))
-    assert (spread < 2**20) is filled
+    assert (int(spread) < 2**20) is filled
 
 
 @glibc
@@ -156,13 +160,12 @@ def test_ranks_keep_the_memory_that_is_freed() -> None:
 @unit
 @pytest.mark.parametrize("kept", [True, False])
 def test_freed_memory_goes_back_to_the_kernel_unless_it_is_kept(kept: bool) -> None:
-    code = (
-        "from sandbox.runtime.member import keep_memory; from runtime_work import is_mapped\n"
-        f"if {kept}: keep_memory()\n"
-        "print(is_mapped())"
+    mapped = printed(
+        "from sandbox.runtime.member import keep_memory; from runtime_work import is_mapped",
+        f"if {kept}: keep_memory()",
+        "print(is_mapped())",
     )
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True) == f"{not kept}\n"
+    assert mapped == f"{not kept}\n"
 
 
 @parity
