@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-__all__ = ["Ratio", "command_line", "end", "end_with", "mark", "milliseconds", "tell"]
+__all__ = ["Ratio", "command_line", "end", "end_with", "exceeds", "mark", "milliseconds", "tell"]
 
 
 def command_line(about: str, **defaults: Any) -> argparse.ArgumentParser:
@@ -46,6 +47,16 @@ class Ratio(NamedTuple):
     def quartiles(self, between: str = " to ", digits: int = 3) -> str:
         """`0.970 to 1.002`."""
         return f"{self.low:.{digits}f}{between}{self.high:.{digits}f}"
+
+
+def exceeds(ours: Sequence[float], theirs: Sequence[float], bound: float) -> bool:
+    """Whether the ratio of two times is above `bound`, and not by chance: a sign test of the rounds, at one in forty.
+
+    Of two that are alike, half of all runs find a median above 1.
+    """
+    above = sum(a > bound * b for a, b in zip(ours, theirs, strict=True))
+    as_many = sum(math.comb(len(ours), count) for count in range(above, len(ours) + 1))
+    return as_many <= 2.0 ** len(ours) / 40
 
 
 def mark(good: bool) -> str:

@@ -65,6 +65,16 @@ def test_a_ratio_is_of_times_in_the_same_round(module: Any) -> None:
 
 
 @unit
+@pytest.mark.parametrize(("above", "rounds", "exceeds"), [(14, 20, False), (15, 20, True), (5, 5, False), (6, 6, True)])
+def test_a_ratio_exceeds_its_bound_when_chance_does_not_explain_it(
+    module: Any, above: int, rounds: int, exceeds: bool
+) -> None:
+    ours = [2.02] * above + [1.98] * (rounds - above)  # of 20 coins 14 or more are heads in 5.8 %, 15 or more in 2.1 %
+    assert module("ratios").exceeds(ours, [2.0] * rounds, 1.00) is exceeds
+    assert not module("ratios").exceeds(ours, [2.0] * rounds, 1.01), "on the bound is within it"
+
+
+@unit
 @pytest.mark.parametrize("good", [True, False])
 def test_a_benchmark_ends_with_its_results_and_its_verdict(module: Any, tmp_path: Path, good: bool) -> None:
     with pytest.raises(SystemExit) as caught:
