@@ -1,6 +1,6 @@
 """The command line. Exit codes: 0 held or done, 1 mismatch or failed run, 2 bad input, 130 interrupted.
 
-Imports of torch stay inside the commands, so that `--help` answers at once.
+Imports of torch and pydantic stay inside the commands, so that `--help` answers at once.
 """
 
 import sys

@@ -1,15 +1,16 @@
 """`sandbox launch`: the command or manifest that starts a config somewhere, checked against its mesh."""
 
 import shlex
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from sandbox.cli.arguments import ConfigPath, Set, read
-from sandbox.config import AXES, Config
-from sandbox.config.base import divisors
 from sandbox.errors import MeshError
 from sandbox.launchers import LAUNCHERS, Job, Launcher
+
+if TYPE_CHECKING:
+    from sandbox.config import Config
 
 __all__ = ["launch", "place", "spanning"]
 
@@ -45,11 +46,13 @@ def launch(
         typer.echo(f"{config}: {note}", err=True)
 
 
-def place(config: Config, nodes: int | None, gpus: int | None) -> tuple[int, int]:
+def place(config: "Config", nodes: int | None, gpus: int | None) -> tuple[int, int]:
     """Machines and ranks on each, for the mesh of `config`; what is None follows from the other.
 
     Raises MeshError: no such number exists, or nodes x gpus is not the number of ranks. The text has the fix.
     """
+    from sandbox.config.base import divisors
+
     world = config.mesh.world
     if gpus is None:
         nodes = nodes or 1
@@ -77,8 +80,10 @@ def place(config: Config, nodes: int | None, gpus: int | None) -> tuple[int, int
     )
 
 
-def spanning(config: Config, gpus: int) -> list[str]:
+def spanning(config: "Config", gpus: int) -> list[str]:
     """What a person should know of axes that wait on the network in every layer, for nodes of `gpus` ranks."""
+    from sandbox.config import AXES
+
     notes, block = [], 1
     for axis in reversed(AXES):
         degree = config.mesh.degrees[axis]
