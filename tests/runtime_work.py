@@ -26,6 +26,16 @@ def ranks_sum(member: Member) -> tuple[int, float]:
     return member.rank, total.item()
 
 
+def meeting_place(member: Member) -> str:
+    """The kind of store that new groups are made by, as far as Python's half of it lives."""
+    import gc
+
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    gc.collect()
+    return type(_get_default_store().underlying_store.underlying_store).__name__
+
+
 def surroundings(member: Member) -> tuple[str | None, str, int, bool]:
     import torch
     import torch.distributed as dist

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,40 @@ def test_a_world_without_ranks_is_refused() -> None:
 @pytest.mark.parametrize("world", [2, 3, 8])
 def test_results_come_back_by_rank(world: int) -> None:
     assert launch(world, work.ranks_sum, timeout=20) == [(r, sum(range(world))) for r in range(world)]
+
+
+@parity
+def test_ranks_meet_in_a_store_that_does_not_nap_and_outlives_its_maker() -> None:
+    assert launch(2, work.meeting_place, timeout=20) == ["EagerStore"] * 2
+
+
+@unit
+def test_a_key_that_is_late_is_seen_after_the_shortest_of_naps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torch.distributed import DistStoreError, FileStore, PrefixStore  # type: ignore[attr-defined]
+
+    from sandbox.runtime.store import EagerStore
+
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 7:
+            FileStore(str(tmp_path / "store"), 2).set("made/late", "\x00")  # as another rank would
+
+    monkeypatch.setattr("time.sleep", nap)
+    ours = EagerStore(FileStore(str(tmp_path / "store"), 2))
+    gloos = PrefixStore("made", ours)  # asks by C++, as gloo does
+    gloos.set("soon", "here")
+    assert (gloos.get("soon"), naps) == (b"here", [])
+    assert gloos.get("late") == b"\x00"
+    assert naps == [0.0005, 0.001, 0.002, 0.004, 0.008, 0.01, 0.01]
+    assert (gloos.add("count", 2), gloos.add("count", 3), gloos.check(["late"]), gloos.check(["never"])) == (
+        2, 5, True, False,
+    )  # fmt: skip
+    monkeypatch.undo()
+    gloos.set_timeout(timedelta(milliseconds=20))
+    with pytest.raises(DistStoreError, match="waited in vain for another rank to write made/never"):
+        gloos.get("never")
 
 
 @parity

@@ -38,15 +38,17 @@ def join(member: Member, *, timeout: float, threads: int, place: str = "env://")
     """Set up torch in this process and, in a world of several ranks, the process group -> the store where they met.
 
     The ranks have `timeout` s to meet at the URL `place`; the default is where torchrun says. Collectives fail after
-    twice that: whoever reads the boards sees a hang first, and explains it better. The store is torch's; of a world of
-    one rank there is none.
+    twice that: whoever reads the boards sees a hang first, and explains it better. The store, None in a world of one
+    rank, is to be kept as long as the process group.
 
     Raises MeshError: there is no such GPU.
     """
     import torch
     import torch.distributed as dist
-    from torch._C._distributed_c10d import PrefixStore
+    from torch._C._distributed_c10d import FileStore, PrefixStore
     from torch.distributed.rendezvous import rendezvous
+
+    from sandbox.runtime.store import EagerStore
 
     torch.set_num_threads(threads)
     device = torch.device(member.device)
@@ -61,6 +63,8 @@ def join(member: Member, *, timeout: float, threads: int, place: str = "env://")
         return None
     member.board.enter(0, "init_process_group", "world")
     store, *_ = next(rendezvous(place, member.rank, member.world, timeout=timedelta(seconds=timeout)))
+    if isinstance(store, FileStore) and device.type == "cpu":  # NCCL has threads of its own that ask
+        store = EagerStore(store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=PrefixStore("default_pg", store),

@@ -228,7 +228,8 @@ def _run(request: Request, rank: int, launcher: "Connection[Any, Any]", board: B
         try:
             work, args = pickle.loads(request.job)
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-            join(member, timeout=request.timeout, threads=request.threads, place=f"file://{request.folder}/store")
+            store = f"file://{request.folder}/store"
+            _kept = join(member, timeout=request.timeout, threads=request.threads, place=store)  # torch asks it later
             _post(launcher, "result", work(member, *args))
         except BaseException as error:
             _post(launcher, "failure", Failure.of(rank, error, board.read()))
