@@ -398,6 +398,16 @@ class TestPage:
         assert "How did it train, and at what cost?" in page(tmp_path, Verdicts())
         assert "All held" in page(tmp_path, Verdicts(cases=[bare]))
 
+    def test_several_runs_stand_side_by_side_under_one_legend(self, tmp_path: Path) -> None:
+        run = runs()[0]
+        alone = page(tmp_path, Verdicts(), [run])
+        several = page(tmp_path, Verdicts(), [run, RunRecord(name="plain", losses=[(0, 5.0), (1, 4.0)])])
+        assert "<h2>Training zero3_dp4</h2>" in alone
+        assert '<div class="runs">' not in alone
+        assert "<h2>Training</h2>" in several
+        assert several.count('<div class="runs">') == several.count('class="key run"') == 1
+        assert re.findall("<h3>(zero3_dp4|plain)</h3>", several) == ["zero3_dp4", "plain"]
+
     def test_a_run_is_drawn_as_a_case_is_and_instead_of_it(self, tmp_path: Path) -> None:
         case = one()
         seen = {name: getattr(case, name) for name in Measured.model_fields}
