@@ -106,6 +106,11 @@ def test_results_come_back_by_rank(world: int) -> None:
 
 
 @parity
+def test_all_that_a_step_imports_is_imported_before_the_first_fork() -> None:
+    assert launch(2, work.imported_by_a_step, timeout=20) == [[], []]
+
+
+@parity
 def test_ranks_meet_in_a_store_that_does_not_nap_and_outlives_its_maker() -> None:
     assert launch(2, work.meeting_place, timeout=20) == ["EagerStore"] * 2
 

@@ -56,6 +56,7 @@ _PRELOAD = (
     "torch.distributed.optim",
     "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
+    "torch.profiler._cupti_monitor",  # by the first step of any optimizer
 )
 _NOT_OURS = (  # not for ranks, or on demand
     "sandbox.__main__",
