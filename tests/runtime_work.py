@@ -37,19 +37,10 @@ def meeting_place(member: Member) -> str:
 
 
 def imported_by_a_step(member: Member) -> list[str]:
-    import torch
-
-    from sandbox.config import Config
-    from sandbox.data import Corpus
-    from sandbox.mesh import Mesh
-    from sandbox.trainer import Trainer
+    from world import config, trainer_of
 
     before = {*sys.modules}
-    model = {"layers": 1, "width": 8, "heads": 1}
-    mesh = {"dp": {"degree": 2, "strategy": "zero2"}}
-    config = Config.model_validate({"model": model, "mesh": mesh, "train": {"batch": 2}, "data": {"sequence": 8}})
-    world = Mesh(config.mesh.degrees, member.rank, member.device)
-    Trainer(config, world, torch.device("cpu"), Corpus.load(config.data)).train_step()
+    trainer_of(member, config("zero2")).train_step()
     return sorted({*sys.modules} - before)
 
 
