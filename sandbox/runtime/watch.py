@@ -69,6 +69,7 @@ class Watch:
         self._asked: Future[Any] | None = None  # what was asked of the store last
         self._lock = threading.RLock()  # the thread's looks, and the last ones of the work's thread
         self._bell = threading.Event()
+        self._exchange(read=False)  # before the work, lest a rank that is lost at once be one nobody has heard of
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def conclude(self) -> None:
@@ -104,12 +105,11 @@ class Watch:
         return desync(self._boards())
 
     def _run(self) -> None:
-        while True:
+        while not self._bell.wait(_LOOK):
             with self._lock:
                 if self._closed:
                     return
                 self._look()
-            self._bell.wait(_LOOK)
 
     def _look(self) -> None:
         now, first = time.monotonic(), self._member.rank == 0
