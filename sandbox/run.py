@@ -105,6 +105,8 @@ def start(
             raise ConfigError("--max-restarts: under torchrun, give that to torchrun, and --autoresume to this.")
         if how.min_ranks is not None and started() >= how.min_ranks:
             config = resized(config, started())
+    elif how.min_ranks is not None and not how.max_restarts:
+        raise ConfigError("--min-ranks: only a restart goes on with fewer. Say --max-restarts, too, such as 1.")
     plan(config)
     device = device_of(config)
     if not attached():

@@ -112,11 +112,18 @@ def config(tmp_path: Path) -> Path:
             ("verify", "small.yaml", "--dtype", "float16"),
             "--dtype float16: is not one of finest, float64, float32, bfloat16, config.",
         ),
-        (("verify", "--all", "--only", "zzz"), "--only zzz: no case of --all has that in its `engine name`."),
+        (("verify", "--all", "--only", "zzz"), "no case of --all has that in its `engine name`. There are: "),
+        (("verify", "--all", "--only", "native ddp", "--only", "zzz"), "--only zzz: no case of --all has that in its"),
+        (("verify", "small.yaml", "--only", "ddp"), "--only: chooses among the cases of --all."),
+        (("verify", "--all", "--set", "train.seed=2"), "--all: its cases have their own settings."),
+        (("verify", "--all", "--dtype", "float32"), "--all: its cases have their own settings."),
         (("explain", "small.yaml", "--set", "mesh.dp.degree=1"), "small.yaml: one rank has no strategy to explain."),
+        (("explain", "small.yaml", "--engine", "torch"), "--engine: small.yaml names its own."),
+        (("explain", "zero2", "--set", "train.seed=2"), "--set: there is no config to change."),
         (("explain", "zero4"), "'zero4' is not a strategy of engine native. Did you mean zero"),
         (("explain", "zero2", "--engine", "torch"), "engine torch cannot run zero2: "),
         (("explain", "ddp", "--engine", "nope"), "'nope' is not an engine."),
+        (("doctor", "--port", "65536"), "Invalid value for '--port'"),
         (("faults", "--only", "zzz"), "--only zzz: no fault has that in its name. There are: "),
         (("config", "show", "absent.yaml"), "absent.yaml: cannot be read"),
         (("report", "absent.json"), "absent.json: cannot be read (No such file or directory)."),
@@ -400,9 +407,11 @@ def test_a_mismatch_ends_with_1(sandbox: Run, config: Path, monkeypatch: pytest.
 
 @parity
 def test_a_fault_is_reported_as_caught(sandbox: Run) -> None:
-    answer = sandbox("faults", "--only", "divided_twice")
+    answer = sandbox("faults", "--only", "divided_twice", "--only", "rank_mean")
     assert answer.code == 0
     assert "divided_twice" in answer.out
+    assert "rank_mean_of_means" in answer.out
+    assert "normalised_after_backward" not in answer.out
 
 
 @unit

@@ -59,6 +59,8 @@ Check = Callable[[], Finding | None]
         ({"there": "192.0.2.9"}, lambda: network.first_node("there"), ""),
         ({}, lambda: network.first_node("there"), "there does not resolve on this machine"),
         ({"there": "127.0.1.1"}, lambda: network.first_node("there"), "look for the rendezvous on itself"),
+        ({"there": "0.0.0.0"}, lambda: network.first_node("there"), "look for the rendezvous on itself"),
+        ({}, lambda: network.first_node(""), "--host is empty"),
         ({"away": "192.0.2.9"}, lambda: network.first_node("away"), "No interface of this machine leads to away"),
         ({}, lambda: network.gloo({}, "there"), ""),
         ({}, lambda: network.gloo({"GLOO_SOCKET_IFNAME": "lo"}, None), ""),
@@ -77,6 +79,13 @@ def test_what_is_wrong_with_the_network_is_said(
     found = check()
     said = found.wrong if found else ""
     assert re.search(wrong, said) if wrong else not said, said
+
+
+@unit
+@pytest.mark.parametrize("name", ["a..b", 64 * "a"])
+def test_what_cannot_be_the_name_of_a_host_leads_nowhere(name: str) -> None:
+    assert network.first_node(name).wrong.startswith(f"{name} does not resolve on this machine")
+    assert interface_towards(name) is None
 
 
 @pytest.fixture

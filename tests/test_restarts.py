@@ -65,6 +65,7 @@ def test_after_the_last_restart_the_fault_itself_is_raised() -> None:
         (Supervision(1), {"checkpoint_every": 0}, "--max-restarts: without checkpoints .* Set run.checkpoint_every"),
         (Supervision(1, 4), {}, r"--min-ranks 4: the mesh has 3 ranks\. Name 1 to 3\."),
         (Supervision(1, 0), {}, r"--min-ranks 0: .* Name 1 to 3\."),
+        (Supervision(0, 2), {}, "--min-ranks: only a restart goes on with fewer. Say --max-restarts"),
     ],
 )
 def test_a_supervision_that_is_of_no_use_is_refused(

@@ -19,7 +19,7 @@ def doctor(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="NAME", help="Where several nodes will meet; default: only this machine matters."),
     ] = None,
-    port: Annotated[int, typer.Option(help="Where a rendezvous would listen.")] = 29500,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where a rendezvous would listen.")] = 29500,
 ) -> None:
     """Say what this machine has and what runs on it, and what is wrong, in words; exit code 1 if something is."""
     from rich.console import Console

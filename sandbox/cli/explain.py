@@ -41,7 +41,10 @@ def explain(
         Optional[Path],  # noqa: UP045
         typer.Argument(help="Predict for this config; default: the small model of --all, on 4 ranks."),
     ] = None,
-    engine: Annotated[str, typer.Option(help="Whose implementation.")] = "native",
+    engine: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Whose implementation; default: native, or that of a config alone."),
+    ] = None,
     set_: Set = None,
     picture: Annotated[
         Optional[Path],  # noqa: UP045
@@ -54,12 +57,17 @@ def explain(
 
     writable("--picture", picture)
     if config is None and Path(strategy).suffix in (".yaml", ".yml"):
+        if engine is not None:
+            raise ConfigError(f"--engine: {strategy} names its own. Change it by --set engine={engine}.")
         settings = read(Path(strategy), set_)
         engine = settings.engine
         names = [planned.strategy.__name__.rpartition(".")[2] for planned in plan(settings)]
         if not names:
             raise ConfigError(f"{strategy}: one rank has no strategy to explain. Set a degree, such as mesh.dp.degree.")
     else:
+        if set_ and config is None:
+            raise ConfigError("--set: there is no config to change. Name one after the strategy.")
+        engine = engine or "native"
         find(engine, strategy)
         settings, names = settled(read(config, set_) if config else None, engine, strategy), [strategy]
     for name in names:

@@ -1,10 +1,10 @@
 """`sandbox verify`, and `sandbox faults`, which shows that it finds what it should."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional, TypeVar
 
 import typer
 
@@ -16,12 +16,17 @@ if TYPE_CHECKING:
 
 __all__ = ["faults", "verify"]
 
+T = TypeVar("T")
+
 
 def verify(
     configs: Annotated[Optional[list[Path]], typer.Argument(metavar="[CONFIG]...", help="Configs to verify.")] = None,  # noqa: UP045
     set_: Set = None,
     all_: Annotated[bool, typer.Option("--all", help="Every strategy of every engine, by world and option.")] = False,
-    only: Annotated[str, typer.Option(metavar="TEXT", help="Of --all, cases whose `engine name` contains this.")] = "",
+    only: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="TEXT", help="Of --all, cases whose `engine name` contains this. May be repeated."),
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(help="finest: float64, or float32 where an engine is fixed to it. Or float32, bfloat16, config."),
@@ -46,6 +51,10 @@ def verify(
         warm()
     if bool(configs) == all_:
         raise ConfigError("verify: name configs, such as configs/zero2.yaml, or say --all.")
+    if only and not all_:
+        raise ConfigError("--only: chooses among the cases of --all. Say --all and name no config, or leave it out.")
+    if all_ and (set_ or dtype != "finest"):
+        raise ConfigError("--all: its cases have their own settings. Name configs to use --set or --dtype.")
     if dtype not in ("finest", "float64", "float32", "bfloat16", "config"):
         raise ConfigError(f"--dtype {dtype}: is not one of finest, float64, float32, bfloat16, config.")
     writable("--json", json_)
@@ -55,9 +64,8 @@ def verify(
     from sandbox.verify import Case, fixture, matrix
 
     if all_:
-        cases = [case for case in matrix() if only in f"{case.config.engine} {case.config.name}"]
-        if not cases:
-            raise ConfigError(f"--only {only}: no case of --all has that in its `engine name`.")
+        named = [(f"{case.config.engine} {case.config.name}", case) for case in matrix()]
+        cases = _chosen(named, only, "case of --all has that in its `engine name`")
     else:
         given = None if dtype == "config" else dtype
         cases = [Case(fixture(config, finest(config) if dtype == "finest" else given)) for config in settings]
@@ -67,7 +75,10 @@ def verify(
 
 
 def faults(
-    only: Annotated[str, typer.Option(metavar="TEXT", help="Only faults whose name contains this.")] = "",
+    only: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="TEXT", help="Only faults whose name contains this. May be repeated."),
+    ] = None,
 ) -> None:
     """Plant bugs that really happened; each must be caught, its kind of cause named, and its twin must hold."""
     from sandbox.runtime import warm
@@ -75,18 +86,26 @@ def faults(
     warm()
     from sandbox.verify.faults import FAULTS
 
-    chosen = [fault for name, fault in FAULTS.items() if only in name]
-    if not chosen:
-        near = get_close_matches(only, FAULTS, 3, 0.3)
-        raise ConfigError(f"--only {only}: no fault has that in its name. There are: {', '.join(near or FAULTS)}.")
-    cases = list(dict.fromkeys(case for fault in chosen for case in (fault.sick(), fault.clean())))
+    chosen = _chosen(list(FAULTS.items()), only, "fault has that in its name")
+    twins = [(fault, fault.sick(), fault.clean()) for fault in chosen]
+    cases = list(dict.fromkeys(case for _, *both in twins for case in both))
     verdict = dict(zip(cases, _verify(cases).cases, strict=True))
-    pairs = [(fault, verdict[fault.sick()], verdict[fault.clean()]) for fault in chosen]
+    pairs = [(fault, verdict[sick], verdict[clean]) for fault, sick, clean in twins]
     from sandbox.report.detections import show
 
     show(terminal(), pairs)
     if not all(fault.caught(sick) and clean.status == "held" for fault, sick, clean in pairs):
         raise SystemExit(1)
+
+
+def _chosen(named: Sequence[tuple[str, T]], only: Sequence[str] | None, what: str) -> list[T]:
+    """Those whose name contains one of the texts, or all if there is none; a text that is in no name is an error."""
+    names = [name for name, _ in named]
+    for text in only or ():
+        if not any(text in name for name in names):
+            some = ", ".join(get_close_matches(text, names, 3, 0.3)) or f"{', '.join(names[:3])} and others"
+            raise ConfigError(f"--only {text}: no {what}. There are: {some}.")
+    return [thing for name, thing in named if any(text in name for text in only or ("",))]
 
 
 def _verify(

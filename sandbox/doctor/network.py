@@ -65,9 +65,11 @@ def port(number: int) -> Finding:
 
 def first_node(host: str) -> Finding:
     """The way to the node where the others meet it."""
+    if not host:
+        return Finding("first node", "''", "--host is empty. Give the name of the node where the others meet it.")
     try:
         address = socket.gethostbyname(host)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter: no name at all, such as one with an empty label
         wrong = f"{host} does not resolve on this machine ({error}). Write its address into /etc/hosts, or use that."
         return Finding("first node", host, wrong)
     found = f"{host} is {address}"

@@ -31,11 +31,11 @@ def interface_towards(host: str, port: int = 1) -> str | None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, port))  # of a datagram socket: only looks up the way, sends nothing
             mine = probe.getsockname()[0]
-    except OSError:
+    except (OSError, UnicodeError):  # the latter: it cannot be the name of a host
         return None
     return next((name for name, address in interfaces().items() if address == mine), None)
 
 
 def loopback(address: str) -> bool:
-    """Whether only this machine can reach the IPv4 `address`."""
-    return address.startswith("127.")
+    """Whether only this machine can reach the IPv4 `address`, which for others would be themselves."""
+    return address.startswith("127.") or address == "0.0.0.0"
