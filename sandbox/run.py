@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Self, TextIO
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sandbox import checkpoint
 from sandbox.config import Config
 from sandbox.data import Corpus, bits_per_byte
-from sandbox.errors import CheckpointError, ConfigError, TrainingError, WorkerError
+from sandbox.errors import CheckpointError, ConfigError, SandboxError, TrainingError, WorkerError
 from sandbox.measure import measured_run
 from sandbox.mesh import Mesh
 from sandbox.model import build
@@ -195,7 +196,8 @@ class Log:
         if self._bar.live.is_started:
             self._bar.stop()
         if self._file:
-            self._file.close()
+            with suppress(OSError):  # of a full disk: every line was flushed, or its failure told
+                self._file.close()
 
     def fault(self, error: WorkerError, number: int) -> None:
         """The world has ended, and will be started for the `number`-th time again."""
@@ -238,13 +240,19 @@ class Log:
         self.console.print(f"next step {took:.2f} s after the last sign of life", soft_wrap=True)
 
     def _write(self, message: dict[str, Any]) -> None:
-        if self._file is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self.folder / "metrics.jsonl").open("a" if self.append else "w", encoding="utf-8")
-            if self.console.is_terminal:
-                self._bar.start()
-        self._file.write(json.dumps(message) + "\n")
-        self._file.flush()
+        metrics = self.folder / "metrics.jsonl"
+        try:
+            if self._file is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._file = metrics.open("a" if self.append else "w", encoding="utf-8")
+                if self.console.is_terminal:
+                    self._bar.start()
+            self._file.write(json.dumps(message) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise SandboxError(
+                f"{metrics}: cannot be written ({error.strerror}). Make room, or name another --folder."
+            ) from None
 
     def _head(self, facts: dict[str, Any]) -> None:
         if self._fault:

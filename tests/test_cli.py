@@ -125,6 +125,10 @@ def config(tmp_path: Path) -> Path:
         (("explain", "ddp", "--engine", "nope"), "'nope' is not an engine."),
         (("doctor", "--port", "65536"), "Invalid value for '--port'"),
         (("faults", "--only", "zzz"), "--only zzz: no fault has that in its name. There are: "),
+        (
+            ("config", "export", "small.yaml", "--to", "torchrun", "--out", "no/x"),
+            "--out: no/x cannot be written: no is not a folder.",
+        ),
         (("config", "show", "absent.yaml"), "absent.yaml: cannot be read"),
         (("report", "absent.json"), "absent.json: cannot be read (No such file or directory)."),
         (("report", "small.yaml"), "small.yaml: cannot be read (not the JSON of verify --json)."),

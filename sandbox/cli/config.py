@@ -5,8 +5,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from sandbox.cli.arguments import ConfigPath, Set, read
-from sandbox.errors import ConfigError
+from sandbox.cli.arguments import ConfigPath, Set, read, writable
 
 __all__ = ["app"]
 
@@ -68,7 +67,8 @@ def _write(text: str, notes: list[str], out: Path | None) -> None:
     if out is None:
         typer.echo(text, nl=False)
         return
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--out: {out} cannot be written ({error.strerror}). Name another place.") from None
+    writable("--out", out)
+    from sandbox.report.output import output
+
+    with output(out) as file:
+        file.write_text(text, encoding="utf-8")

@@ -73,7 +73,9 @@ def explain(
     for name in names:
         show(terminal(), find(engine, name), name, settings)
     if picture:
+        from sandbox.report.output import output
         from sandbox.report.picture import picture as draw
 
-        picture.write_text(draw(settings), encoding="utf-8")
+        with output(picture) as file:
+            file.write_text(draw(settings), encoding="utf-8")
         terminal().print(f"wrote {picture}")

@@ -34,6 +34,7 @@ def report(
 
     from sandbox.report.html import write
     from sandbox.report.links import SlowLink
+    from sandbox.report.output import output
     from sandbox.report.record import RunRecord
     from sandbox.verdict import Verdicts
 
@@ -70,5 +71,6 @@ def report(
     if table:
         from sandbox.report import markdown
 
-        table.write_text(markdown.table(verdicts), encoding="utf-8")
+        with output(table) as file:
+            file.write_text(markdown.table(verdicts), encoding="utf-8")
         terminal().print(f"wrote {table}")

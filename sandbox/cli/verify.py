@@ -147,11 +147,13 @@ def _verify(
 
 
 def _show(verdicts: "Verdicts", json_: Path | None, report: Path | None) -> None:
+    from sandbox.report.output import output
     from sandbox.report.tables import show
 
     show(verdicts, terminal())
     if json_:
-        json_.write_text(verdicts.model_dump_json(indent=1), encoding="utf-8")
+        with output(json_) as file:
+            file.write_text(verdicts.model_dump_json(indent=1), encoding="utf-8")
     if report:
         from sandbox.report.html import write
         from sandbox.report.picture import pictures

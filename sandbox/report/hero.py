@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sandbox.errors import SandboxError
 from sandbox.report import words
 from sandbox.report.cases import PARTS, groups, held, representatives
+from sandbox.report.output import output
 from sandbox.verdict import Verdict, Verdicts
 
 if TYPE_CHECKING:
@@ -40,9 +41,9 @@ def hero(path: Path, verdicts: Verdicts) -> None:
         left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
         _errors(left, verdicts.cases)
         _memory(right, verdicts.cases)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # No date and no version: the same verdicts give the same file.
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
+        with output(path) as file:
+            # No date and no version: the same verdicts give the same file.
+            figure.savefig(file, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
 
 
 def _errors(axes: "Axes", cases: Sequence[Verdict]) -> None:

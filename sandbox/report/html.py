@@ -14,6 +14,7 @@ from sandbox.errors import SandboxError
 from sandbox.report import charts, words
 from sandbox.report.cases import PARTS, drawn, groups
 from sandbox.report.links import SlowLink
+from sandbox.report.output import output
 from sandbox.report.record import RunRecord
 from sandbox.verdict import Measured, Verdict, Verdicts
 
@@ -68,8 +69,8 @@ def write(
         links=links,
         runs=[charts.training(run) for run in runs if len(run.losses) > 1],
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    with output(path) as file:
+        file.write_text(page, encoding="utf-8")
 
 
 def _error(case: Verdict) -> float:
