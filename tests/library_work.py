@@ -186,8 +186,12 @@ def deepspeed_engine(member: Member, stage: int, dtype: torch.dtype, **settings:
     return engine, layer, inner
 
 
-def deepspeed_dtype(member: Member, stage: int) -> str:
-    """The dtype in which DeepSpeed steps a float64 model, or its refusal."""
+def deepspeed_dtype(member: Member, stage: int, half: bool) -> str:
+    """The dtype in which DeepSpeed steps a float64 model, or its refusal. `half`: the CPU computes in float16."""
+    _engine.prepare()
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: half
     try:
         engine, _, inner = deepspeed_engine(member, stage, torch.float64)
         engine.backward(engine(torch.ones(1, 3, dtype=torch.float64)).sum())

@@ -32,13 +32,18 @@ def imported() -> None:
     warm(*preload("deepspeed"))
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_float64_becomes_float32_without_a_word(stage: int) -> None:
-    assert run(2, work.deepspeed_dtype, stage) == ["torch.float32"] * 2
+@pytest.mark.parametrize(("stage", "half"), [(1, False), (1, True), (2, False), (2, True), (3, False)])
+def test_float64_becomes_float32_without_a_word(stage: int, half: bool) -> None:
+    assert run(2, work.deepspeed_dtype, stage, half) == ["torch.float32"] * 2
 
 
-def test_stage_0_refuses_float64() -> None:
-    assert all("unsupported grad type: torch.float64" in error for error in run(2, work.deepspeed_dtype, 0))
+def test_stage_3_refuses_float64_where_the_processor_has_float16() -> None:
+    assert all("Invalid data type torch.float64" in error for error in run(2, work.deepspeed_dtype, 3, True))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_stage_0_refuses_float64(half: bool) -> None:
+    assert all("unsupported grad type: torch.float64" in error for error in run(2, work.deepspeed_dtype, 0, half))
 
 
 def test_float64_is_refused_before_it_runs() -> None:
