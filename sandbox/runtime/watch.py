@@ -61,14 +61,14 @@ class Watch:
         self._member, self._timeout = member, timeout
         self._store: Any = PrefixStore(f"watch/{round_}", store.clone())
         self._main = threading.get_ident()
-        self._returned = self._closed = False
+        self._returned = False
         self._count, self._yielded = 0, 0
         self._suspect = False
         self._reading = 0.0  # when to read next
         self._heard: dict[int, _Heard] = {}
         self._asked: Future[Any] | None = None  # what was asked of the store last
         self._lock = threading.RLock()  # the thread's looks, and the last ones of the work's thread
-        self._bell = threading.Event()
+        self._closed = threading.Event()
         self._exchange(read=False)  # before the work, lest a rank that is lost at once be one nobody has heard of
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
@@ -81,8 +81,7 @@ class Watch:
         lines: list[Any] = [None] * self._member.world
         dist.all_gather_object(lines, zlib.compress(self._member.board.line(), 1))
         with self._lock:
-            self._closed = True
-        self._bell.set()
+            self._closed.set()
         boards = [Board.copy(zlib.decompress(line)) for line in lines]
         if self._member.rank == 0 and (found := desync(boards) or uneven(boards)):
             raise WorkerError(found)
@@ -100,16 +99,15 @@ class Watch:
             time.sleep(_LOOK)  # until all boards are as new as the fault
         with self._lock:
             self._exchange(read=True)
-            self._closed = True
+            self._closed.set()
             self._announce()
         return desync(self._boards())
 
     def _run(self) -> None:
-        while not self._bell.wait(_LOOK):
+        while not self._closed.wait(_LOOK):
             with self._lock:
-                if self._closed:
-                    return
-                self._look()
+                if not self._closed.is_set():  # while this waited for the lock
+                    self._look()
 
     def _look(self) -> None:
         now, first = time.monotonic(), self._member.rank == 0
